@@ -1,0 +1,57 @@
+"""Package an adapter as a model that carries its prompt template, and register it as challenger."""
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+
+from steps.text2sql import adapter, manifest, packaging, tracking
+from steps.text2sql.errors import UserError
+from steps.text2sql.manifest import AdapterManifest, DatasetManifest
+from steps.text2sql.params import RegisterParams
+from steps.text2sql.sql_model import BaseModelError
+
+
+def main(params: RegisterParams) -> None:
+    """Log the package, try it in a fresh process, register it."""
+    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
+        of_dataset = manifest.read(DatasetManifest, folder)
+    with tracking.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
+        described = manifest.read(AdapterManifest, folder)
+        check_match(described, of_dataset, params)
+        logged = packaging.log_model(folder, described, name=tracking.MODEL)
+    answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
+    version = register(logged.model_uri, described, params)
+    print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
+
+
+def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params: RegisterParams) -> None:
+    """Refuse an adapter that was trained on another dataset or with another tokenizer."""
+    trained_on = described.of_dataset
+    for name in ("dataset_digest", "tokenizer_fingerprint", "base_model"):
+        if getattr(trained_on, name) != getattr(of_dataset, name):
+            raise UserError(
+                f"adapter_uri={params.adapter_uri}: was trained with {name} {getattr(trained_on, name)}, but "
+                f"dataset_uri={params.dataset_uri} has {getattr(of_dataset, name)}; give the dataset that it was "
+                "trained on."
+            )
+
+
+def register(model_uri: str, described: AdapterManifest, params: RegisterParams) -> ModelVersion:
+    """Register a logged model that works, with its origin as tags, as challenger."""
+    source = described.of_dataset
+    tags = {
+        "base_model": source.base_model,
+        "base_commit": source.base_commit,
+        "quantization": described.quantization,
+        "dataset": source.dataset,
+        "dataset_digest": source.dataset_digest,
+        "git_commit": tracking.git_commit(),
+        "global_step": str(described.global_step),
+    }
+    version = mlflow.register_model(model_uri, params.registered_model_name, tags=tags)
+    mlflow.MlflowClient().set_registered_model_alias(version.name, tracking.CHALLENGER, version.version)
+    mlflow.set_tags({tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version})
+    return version
+
+
+if __name__ == "__main__":
+    tracking.run_step(RegisterParams, main, user_errors=(BaseModelError,))

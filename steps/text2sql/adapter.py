@@ -1,0 +1,79 @@
+"""The LoRA adapter on a loaded base model."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from steps.text2sql import manifest
+from steps.text2sql.errors import UserError
+from steps.text2sql.manifest import AdapterManifest
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters; 4-bit ones are counted as what they stand for, tied ones once."""
+
+    trainable: int
+    all: int
+
+    @property
+    def share(self) -> float:
+        """Trainable ones of all, 0 to 1."""
+        return self.trainable / self.all
+
+
+def lora_config(*, r: int, alpha: float, dropout: float, target_modules: str) -> LoraConfig:
+    """LoRA (arXiv 2106.09685) as peft takes it; `target_modules` is `all-linear` or a comma list."""
+    modules = target_modules if target_modules == "all-linear" else target_modules.split(",")
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, bias="none"
+    )
+
+
+def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Put a new adapter on a base, whose own parameters are frozen and keep their dtype.
+
+    Raises:
+        UserError: modules that the base does not have, or an output layer that is tied to the embeddings.
+    """
+    if isinstance(config.target_modules, set):
+        check_modules(model, config.target_modules)
+    model.requires_grad_(False)
+    return get_peft_model(model, config)
+
+
+def check_modules(model: PreTrainedModel, names: set[str]) -> None:
+    """Refuse module names that LoRA cannot be put on; see `attach`."""
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    unknown = sorted(names - linear)
+    problem = f"target_modules={','.join(sorted(names))}"
+    if unknown:
+        raise UserError(
+            f"{problem}: this base has no linear layers {', '.join(unknown)}; it has: {', '.join(sorted(linear))}."
+        )
+    if "lm_head" in names and model.config.tie_word_embeddings:
+        raise UserError(
+            f"{problem}: lm_head is tied to the embeddings in this base, so an adapter on it would carry the whole "
+            "layer and merge wrongly; leave lm_head out."
+        )
+
+
+def count_parameters(model: PeftModel) -> ParameterCount:
+    """Count with peft, which knows how 4-bit weights are packed."""
+    return ParameterCount(*model.get_nb_trainable_parameters())
+
+
+def save(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, described: AdapterManifest, folder: Path
+) -> None:
+    """Write adapter (safetensors), tokenizer and manifest into a folder, and nothing of the base."""
+    # Otherwise a path of this machine; register and the served model read the manifest.
+    model.peft_config["default"].base_model_name_or_path = described.of_dataset.base_model
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # peft's card is an empty form
+    tokenizer.save_pretrained(folder)
+    manifest.write(described, folder)

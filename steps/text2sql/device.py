@@ -1,0 +1,25 @@
+"""The device that a step computes on, in words and numbers."""
+
+import os
+import resource
+
+import torch
+
+from steps.text2sql.sql_model import pick_device
+
+
+def describe_device() -> str:
+    """Name, memory and compute dtype of the device, and why it was taken."""
+    device, dtype = pick_device()
+    name = str(dtype).removeprefix("torch.")
+    if device == "cpu":
+        return f"cpu, {os.cpu_count()} cores, {name} (no CUDA GPU here)"
+    gpu = torch.cuda.get_device_properties(0)
+    return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {name} (compute capability {gpu.major}.{gpu.minor})"
+
+
+def peak_memory_gib() -> float:
+    """Most memory held so far, in GiB: PyTorch's on the GPU, the resident set of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30

@@ -1,0 +1,60 @@
+"""What a dataset and an adapter were made of, as JSON beside them: later steps read it, nothing is guessed."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+FILE = "manifest.json"
+AnyManifest = TypeVar("AnyManifest")
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """Everything that prepare_data resolved. `counts` are rows by split and by reason of rejection."""
+
+    base_model: str
+    base_commit: str
+    base_license: str
+    dataset: str
+    dataset_source: str
+    dataset_commit: str
+    dataset_digest: str
+    tokenizer_fingerprint: str
+    prompt_template: str
+    max_length: int
+    split_by: str
+    test_size: float
+    seed: int
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class AdapterManifest:
+    """What an adapter belongs to: the base as it was quantized, after how many steps, on which rows."""
+
+    quantization: str
+    global_step: int
+    max_steps: int
+    dataset: dict[str, Any]
+
+    @property
+    def of_dataset(self) -> DatasetManifest:
+        """Manifest of the dataset that the adapter was trained on."""
+        return DatasetManifest(**self.dataset)
+
+
+def write(manifest: Any, folder: Path) -> None:
+    """Write a manifest into a folder."""
+    (folder / FILE).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def read(kind: type[AnyManifest], folder: Path) -> AnyManifest:
+    """Read a folder's manifest.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        TypeError: it is one of another kind.
+    """
+    return kind(**json.loads((folder / FILE).read_text(encoding="utf-8")))

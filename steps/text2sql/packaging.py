@@ -1,0 +1,94 @@
+"""From an adapter to a logged model, checked in a fresh process before anyone can ask for it."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mlflow
+import yaml
+from mlflow.models.model import ModelInfo
+from mlflow.models.signature import ModelSignature
+from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+
+from steps.text2sql import sql_model
+from steps.text2sql.errors import UserError
+from steps.text2sql.manifest import AdapterManifest
+
+PYTHON_ENV = Path(__file__).parents[2] / "python_env.yaml"
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "question"), ColSpec("string", "context", required=False)]),
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema(
+        [
+            ParamSpec("max_new_tokens", "long", 256),
+            ParamSpec("repetition_penalty", "double", 1.0),
+            ParamSpec("return_full_text", "boolean", False),
+        ]
+    ),
+)
+EXAMPLE = {"question": "How many heads are older than 56?", "context": "CREATE TABLE head (name TEXT, age INTEGER)"}
+# Loads the package as a user would, where nothing of this project is on the path.
+ASK = """\
+import json, sys
+import mlflow
+uri, row = sys.argv[1], json.loads(sys.argv[2])
+print("ANSWER " + json.dumps(mlflow.pyfunc.load_model(uri).predict([row])))
+"""
+ASK_TIMEOUT_SECONDS = 1800
+
+
+def requirements() -> list[str]:
+    """The pins of python_env.yaml: what was trained with is what serves."""
+    return yaml.safe_load(PYTHON_ENV.read_text(encoding="utf-8"))["dependencies"]
+
+
+def log_model(adapter: Path, described: AdapterManifest, *, name: str) -> ModelInfo:
+    """Log an adapter as a pyfunc model with its prompt template, and its base by reference.
+
+    `adapter` is a folder as `adapter.save` writes it.
+    """
+    source = described.of_dataset
+    config = {
+        "base_model": source.base_model,
+        "quantization": described.quantization,
+        "prompt_template": source.prompt_template,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        license_file = Path(scratch) / "BASE_MODEL_LICENSE"
+        license_file.write_text(source.base_license, encoding="utf-8")
+        return mlflow.pyfunc.log_model(
+            name=name,
+            python_model=sql_model.__file__,
+            artifacts={"adapter": str(adapter), "base_license": str(license_file)},
+            model_config=config,
+            signature=SIGNATURE,
+            pip_requirements=requirements(),
+            metadata=config | {"base_commit": source.base_commit, "dataset_digest": source.dataset_digest},
+        )
+
+
+def ask_in_fresh_process(model_uri: str, environment: dict[str, str]) -> str:
+    """Load a logged model in another process and another folder, and ask it `EXAMPLE`.
+
+    Raises:
+        UserError: it cannot be loaded or does not answer with one string; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, model_uri, json.dumps(EXAMPLE)],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=ASK_TIMEOUT_SECONDS,
+            check=False,
+        )
+    answers = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    if done.returncode or len(answers) != 1:
+        raise UserError(
+            f"{model_uri}: the package does not load and answer in a fresh process, so it is not registered:\n"
+            f"{done.stderr.strip()[-2000:]}"
+        )
+    return json.loads(answers[0])[0]

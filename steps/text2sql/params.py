@@ -1,0 +1,277 @@
+"""The parameters of every step: types, meanings and limits. MLproject has the defaults.
+
+`main` takes its own parameters and whatever one of its steps declares, and hands them on.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
+
+import psutil
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from steps.text2sql.errors import UserError
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HUB_ID = r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?"
+Auto = Literal["auto"]
+Params = TypeVar("Params")
+
+
+def users_folder() -> Path:
+    """Folder where the user typed `mlflow run`: the steps themselves run in the project's folder."""
+    launchers = [p for p in psutil.Process().parents() if any(Path(w).name == "mlflow" for w in p.cmdline()[:3])]
+    return Path(launchers[-1].cwd()) if launchers else Path.cwd()
+
+
+def _absolute(value: str) -> str:
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise ValueError(
+            "is a relative path, but steps run in the project's folder; "
+            f"give the absolute form: {users_folder() / value}"
+        )
+    return str(path)
+
+
+def _looks_like_path(value: str) -> bool:
+    return value.startswith(("/", "~", ".")) or (users_folder() / value).exists()
+
+
+def _base_model(value: str) -> str:
+    if value in ("auto", "smollm2-135m"):
+        return value
+    if _looks_like_path(value):
+        folder = _absolute(value)
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError("is no model directory: it has no config.json")
+        return folder
+    return _hub_id(value, "auto, smollm2-135m, a hub id (owner/name, owner/name@revision) or an absolute directory")
+
+
+def _dataset(value: str) -> str:
+    if value in ("auto", "sample"):
+        return value
+    if _looks_like_path(value) or value.endswith(DATA_SUFFIXES):
+        file = _absolute(value)
+        if not Path(file).is_file():
+            raise ValueError("is no file")
+        if not file.endswith(DATA_SUFFIXES):
+            raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
+        return file
+    return _hub_id(value, f"auto, sample, a hub id or an absolute path ending in {', '.join(DATA_SUFFIXES)}")
+
+
+def _hub_id(value: str, accepted: str) -> str:
+    if not re.fullmatch(HUB_ID, value):
+        raise ValueError(f"must be {accepted}")
+    return value
+
+
+def _artifact_uri(value: str) -> str:
+    if re.match(r"[a-z][a-z0-9+-]*:/", value):
+        return value
+    if not value:
+        raise ValueError("must be an artifact URI (runs:/<run id>/<path>) or an absolute path")
+    return _absolute(value)
+
+
+def _model_uri(value: str) -> str:
+    if not re.fullmatch(r"models:/[^/@]+(/\d+|@[^/@]+)", value):
+        raise ValueError("must be models:/<name>/<version> or models:/<name>@<alias>")
+    return value
+
+
+def _steps(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("must be at least 1, or -1 to train for num_train_epochs")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ArtifactUri = Annotated[str, AfterValidator(_artifact_uri)]
+ModelName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9_][\w. -]*$", max_length=250, description="name in the model registry"),
+]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of sampling, initialization and row order")]
+
+
+@dataclass(frozen=True)
+class PrepareDataParams:
+    """Parameters of prepare_data."""
+
+    base_model: Annotated[
+        str,
+        AfterValidator(_base_model),
+        Field(description="auto, smollm2-135m, a hub id with optional @revision, or a local directory"),
+    ]
+    dataset: Annotated[
+        str,
+        AfterValidator(_dataset),
+        Field(description="auto, sample, a hub id with optional @revision, or a JSONL, JSON, CSV or Parquet file"),
+    ]
+    max_length: Annotated[int, Field(ge=16, le=32768, description="tokens of prompt and answer; longer rows are rejected")]
+    test_size: Annotated[float, Field(gt=0, lt=1, description="share of the table groups, or of the rows, kept for testing")]
+    split_by: Annotated[Literal["schema", "random"], Field(description="schema: no test table occurs in training")]
+    seed: Seed
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """Parameters of train; the names are those of transformers.TrainingArguments and peft.LoraConfig."""
+
+    dataset_uri: ArtifactUri
+    max_steps: Annotated[int, AfterValidator(_steps), Field(description="optimizer steps; -1: num_train_epochs")]
+    batch_size: Annotated[int, Field(ge=1, le=4096, description="rows an optimizer step, over all processes")]
+    learning_rate: Annotated[Auto | Positive, Field(description="peak rate; auto: by the size of the base")]
+    lora_r: Annotated[int, Field(ge=1, le=1024, description="rank of the LoRA matrices")]
+    lora_alpha: Annotated[Positive, Field(description="LoRA scale is lora_alpha / lora_r")]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before the LoRA matrices")]
+    target_modules: Annotated[
+        str, Field(pattern=r"^[\w.-]+(,[\w.-]+)*$", description="all-linear, or a comma list of module names")
+    ]
+    quantization: Annotated[Literal["nf4", "none"], Field(description="of the frozen base")]
+    launch: Annotated[Literal["single"], Field(description="single: train in one process")]
+    seed: Seed
+    num_train_epochs: Annotated[Positive, Field(description="passes over the rows; counts where max_steps is -1")]
+    warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], Field(description="auto: a twentieth of the steps")]
+    lr_scheduler_type: Annotated[
+        Literal["cosine", "linear", "constant", "constant_with_warmup"], Field(description="learning rate schedule")
+    ]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="of AdamW")]
+    optim: Annotated[
+        Literal["auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"],
+        Field(description="auto: paged_adamw_8bit on CUDA, adamw_torch elsewhere"),
+    ]
+    gradient_checkpointing: Annotated[
+        Literal["auto", "yes", "no"], Field(description="auto: on a CUDA GPU that would be short of memory")
+    ]
+    save_steps: Annotated[int, Field(ge=1, description="steps between checkpoints")]
+    logging_steps: Annotated[int, Field(ge=1, description="steps between points of the loss curve")]
+
+
+@dataclass(frozen=True)
+class RegisterParams:
+    """Parameters of register."""
+
+    adapter_uri: ArtifactUri
+    dataset_uri: ArtifactUri
+    registered_model_name: ModelName
+
+
+@dataclass(frozen=True)
+class EvaluateParams:
+    """Parameters of evaluate."""
+
+    model_uri: Annotated[str, AfterValidator(_model_uri)]
+    dataset_uri: ArtifactUri
+    eval_rows: Annotated[int, Field(ge=1, description="test rows to score, the same ones for every seed")]
+    eval_batch_size: Annotated[int, Field(ge=1, le=4096, description="rows generated at once")]
+    query_timeout_seconds: Annotated[Positive, Field(description="limit of one query")]
+
+
+@dataclass(frozen=True)
+class PromoteParams:
+    """Parameters of promote."""
+
+    version: Annotated[int, Field(ge=1, description="model version to make champion")]
+    evaluation_run_id: Annotated[
+        str, Field(pattern=r"^[0-9a-f]*$", description="evaluate run to judge by; empty: a move by hand, no gate")
+    ]
+    min_execution_accuracy: Annotated[float, Field(ge=0, le=1, description="floor of the gate")]
+    registered_model_name: ModelName
+
+
+@dataclass(frozen=True)
+class OwnMainParams:
+    """Parameters that belong to main alone; all others belong to the steps."""
+
+    promotion: Annotated[Literal["auto", "never"], Field(description="never: register and evaluate only")]
+
+
+CHAIN: dict[str, type] = {
+    "prepare_data": PrepareDataParams,
+    "train": TrainParams,
+    "register": RegisterParams,
+    "evaluate": EvaluateParams,
+    "promote": PromoteParams,
+}
+# What one step finds out for the next: main sets these, a user of main cannot.
+SET_BY_MAIN = frozenset({"dataset_uri", "adapter_uri", "model_uri", "version", "evaluation_run_id"})
+
+
+class MainParams(NamedTuple):
+    """Checked parameters of main: its own, and the text of those to hand on, by step."""
+
+    own: OwnMainParams
+    steps: dict[str, dict[str, str]]
+
+
+def parse(params_class: type[Params], argv: Sequence[str]) -> Params:
+    """Build a step's parameters from `--name value` words, without abbreviations.
+
+    Raises:
+        UserError: naming every unknown, missing or wrong parameter at once.
+    """
+    given = _pairs(argv)
+    types = get_type_hints(params_class, include_extras=True)
+    problems = [*_unknown(given, types), *(f"{name}: missing" for name in types if name not in given)]
+    values = _checked(given, types, problems)
+    return params_class(**values)
+
+
+def parse_main(argv: Sequence[str]) -> MainParams:
+    """Check main's own parameters and those of all steps, before the first of them starts.
+
+    Raises:
+        UserError: naming every unknown or wrong parameter at once.
+    """
+    given = _pairs(argv)
+    by_step = {step: get_type_hints(params, include_extras=True) for step, params in CHAIN.items()}
+    own = get_type_hints(OwnMainParams, include_extras=True)
+    types = own | {name: hint for hints in by_step.values() for name, hint in hints.items()}
+    problems = [f"{name}: main finds this out itself" for name in given if name in SET_BY_MAIN]
+    values = _checked(given, types, [*_unknown(given, types), *problems])
+    own_params = OwnMainParams(**{name: values[name] for name in own})
+    return MainParams(
+        own_params, {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
+    )
+
+
+def _pairs(argv: Sequence[str]) -> dict[str, str]:
+    """Words to {name: value}. Not argparse: MLflow writes every parameter as two words, whatever the value.
+
+    A value may begin with a dash, and a shortened name must not be completed.
+    """
+    names, values = argv[0::2], argv[1::2]
+    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+        raise UserError(f"parameters must come as --name value pairs, got: {' '.join(argv)}")
+    return {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
+
+
+def _unknown(given: Mapping[str, str], types: Mapping[str, Any]) -> Iterator[str]:
+    for name in given.keys() - types.keys():
+        near = difflib.get_close_matches(name, types, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(types))}"
+        yield f"{name}={given[name]}: no such parameter; {hint}"
+
+
+def _checked(given: Mapping[str, str], types: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    values = {}
+    for name in given.keys() & types.keys():
+        try:
+            values[name] = TypeAdapter(types[name]).validate_python(given[name])
+        except ValidationError as error:
+            problems.append(f"{name}={given[name]}: {_message(error)}")
+    if problems:
+        raise UserError("\n".join(sorted(problems)))
+    return values
+
+
+def _message(error: ValidationError) -> str:
+    texts = [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
+    return " or ".join(texts).replace("Input should be ", "must be ").replace(" or must be ", " or ")

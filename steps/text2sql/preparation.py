@@ -1,0 +1,83 @@
+"""From split rows to what training and evaluation read: checked, tokenized, with the rejected rows apart."""
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pandas
+from transformers import PreTrainedTokenizerFast
+
+from steps.text2sql import dataset, sample_data, tokenization
+from steps.text2sql.errors import UserError
+
+TOKENS = ["input_ids", "labels"]
+
+
+class Prepared(NamedTuple):
+    """Splits `train` and `validation` with tokens, `test` with raw rows; rejected rows with split and reason.
+
+    `lengths` are the tokens of the rows of `train`, `(rows,)`.
+    """
+
+    splits: datasets.DatasetDict
+    rejected: pandas.DataFrame
+    lengths: pandas.Series
+
+
+def prepare(
+    parts: dict[str, pandas.DataFrame], *, tokenizer: PreTrainedTokenizerFast, template: str, max_length: int
+) -> Prepared:
+    """Check and tokenize each split.
+
+    Raises:
+        UserError: no row of train or test is left, naming the reasons.
+    """
+    kept, rejected = {}, []
+    for name, rows in parts.items():
+        sound, reasons = dataset.check(rows)
+        kept[name], too_long = tokenization.tokenize(
+            sound, tokenizer=tokenizer, template=template, max_length=max_length
+        )
+        rejected.append(_rejected(rows, pandas.concat([reasons, too_long]), name))
+        if name != "validation" and not len(kept[name]):
+            raise UserError(f"dataset: no sound row is left for {name}: {_most_common(rejected[-1])}.")
+    lengths = pandas.Series([len(ids) for ids in kept["train"].with_format("numpy")["input_ids"]])
+    kept["test"] = kept["test"].remove_columns(TOKENS)
+    return Prepared(datasets.DatasetDict(kept), pandas.concat(rejected), lengths)
+
+
+def _rejected(rows: pandas.DataFrame, reasons: pandas.Series, split: str) -> pandas.DataFrame:
+    columns = ["row", "split", "reason", *rows.columns]
+    found = rows.loc[reasons.index].assign(split=split, reason=reasons).rename_axis("row").reset_index()
+    return found[columns].sort_values("row")
+
+
+def _most_common(rejected: pandas.DataFrame) -> str:
+    counts = Counter(rejected["reason"]).most_common(3)
+    return "; ".join(f"{count} x {reason}" for reason, count in counts)
+
+
+def counts(parts: dict[str, pandas.DataFrame], prepared: Prepared) -> dict[str, int]:
+    """Rows by split, raw and kept, and rejected ones by kind of reason, as names of metrics."""
+    found = {f"rows_{name}_raw": len(rows) for name, rows in parts.items()}
+    found |= {f"rows_{name}": len(rows) for name, rows in prepared.splits.items()}
+    reasons = prepared.rejected["reason"]
+    kinds = {
+        "rejected_incomplete": reasons.str.contains("is missing, empty or not text", regex=False),
+        "rejected_contradiction": reasons.str.startswith("contradiction"),
+        "rejected_duplicate": reasons.str.startswith("duplicate"),
+        "rejected_too_long": reasons.str.contains("more than max_length", regex=False),
+    }
+    return found | {kind: int(matches.sum()) for kind, matches in kinds.items()}
+
+
+def write_databases(test_rows: datasets.Dataset, folder: Path, *, seed: int) -> datasets.Dataset:
+    """Write the built-in databases that test rows name; the rows come back with paths below `folder`."""
+    if dataset.DATABASE not in test_rows.column_names:
+        return test_rows
+    (folder / "databases").mkdir()
+    for domain in sorted(set(test_rows[dataset.DATABASE])):
+        sample_data.build_database(domain, folder / "databases" / f"{domain}.sqlite", seed=seed)
+    paths = [f"databases/{domain}.sqlite" for domain in test_rows[dataset.DATABASE]]
+    return test_rows.remove_columns(dataset.DATABASE).add_column(dataset.DATABASE, paths)

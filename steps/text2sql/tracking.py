@@ -1,0 +1,193 @@
+"""The run of a step: names of artifacts, tags and aliases, opening and ending runs, artifact URIs."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from steps.text2sql.errors import UserError
+from steps.text2sql.params import parse
+
+DATASET = "dataset"
+REJECTED = "rejected.jsonl"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+PREDICTIONS = "predictions.json"
+MODEL = "model"
+
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+
+TAG_FAILURE = "failure_reason"
+TAG_STOPPED_BY = "stopped_by"
+TAG_MODEL_VERSION = "model_version"
+TAG_MODEL_NAME = "registered_model_name"
+TAG_EVALUATION_RUN = "evaluation_run_id"
+TAG_EVALUATED_ROWS = "evaluated_rows_digest"
+TAG_PROMOTED = "promoted"
+TAG_GATE_REASON = "gate_reason"
+CHOSEN = "chosen"
+
+Params = TypeVar("Params")
+
+
+class Interrupted(Exception):
+    """A signal stopped the step, and what was worth keeping has been logged."""
+
+
+def run_step(
+    params_class: type[Params], step: Callable[[Params], None], *, user_errors: tuple[type[Exception], ...] = ()
+) -> None:
+    """Parse the command line and call a step inside its run.
+
+    A `UserError`, or another of `user_errors`, is printed as its message alone. Whatever ends the step, the
+    run ends too: FINISHED, FAILED with the reason as a tag, or KILLED.
+    """
+    run_in_run(lambda: step(parse(params_class, sys.argv[1:])), user_errors=user_errors)
+
+
+def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], ...] = ()) -> None:
+    """See `run_step`; for a body that reads its parameters itself."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _quiet()
+    signal.signal(signal.SIGTERM, _interrupt)
+    mlflow.start_run()
+    try:
+        body()
+    except (UserError, *user_errors) as error:
+        _end("FAILED", TAG_FAILURE, str(error))
+        raise SystemExit(f"\nError: {error}") from error
+    except (KeyboardInterrupt, Interrupted) as error:
+        _end("KILLED", TAG_STOPPED_BY, str(error) or "SIGINT")
+        raise SystemExit(f"\nStopped by {error or 'SIGINT'}.") from error
+    except BaseException as error:
+        _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
+        raise
+    mlflow.end_run()
+
+
+def _interrupt(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _end(status: str, tag: str, reason: str) -> None:
+    try:
+        mlflow.set_tag(tag, reason[:5000])
+    finally:
+        mlflow.end_run(status)
+
+
+def _quiet() -> None:
+    # Each of these says at INFO or WARNING what a user can neither use nor change.
+    for name in ("httpx", "alembic", "bitsandbytes.backends.cpu.ops", "mlflow.store.db.utils", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run_id() -> str:
+    """Id of this step's run."""
+    return mlflow.active_run().info.run_id
+
+
+def is_chained() -> bool:
+    """Whether main started this step."""
+    return MLFLOW_PARENT_RUN_ID in mlflow.get_run(run_id()).data.tags
+
+
+def artifact_uri(path: str) -> str:
+    """`runs:/` URI of an artifact of this run."""
+    return f"runs:/{run_id()}/{path}"
+
+
+@contextmanager
+def downloaded(uri: str, *, parameter: str, needs: str) -> Iterator[Path]:
+    """Local copy of an artifact folder, removed at the end; `needs` is a file that it must have.
+
+    Raises:
+        UserError: no such run or artifact, or it is something else.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=_as_uri(uri), dst_path=scratch))
+        except (MlflowException, OSError) as error:
+            raise UserError(f"{parameter}={uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
+        if not (path / needs).is_file():
+            raise UserError(f"{parameter}={uri}: has no {needs}. {_artifacts_of(uri)}")
+        yield path
+
+
+def _as_uri(uri: str) -> str:
+    return Path(uri).as_uri() if uri.startswith("/") else uri
+
+
+def _artifacts_of(uri: str) -> str:
+    if not uri.startswith("runs:/"):
+        return ""
+    run = uri.removeprefix("runs:/").split("/")[0]
+    try:
+        found = [artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run)]
+    except MlflowException as error:
+        return str(error.message)
+    return f"Run {run} has: {', '.join(found) or 'no artifacts'}."
+
+
+@contextmanager
+def logged_folder(path: str) -> Iterator[Path]:
+    """Scratch folder whose contents become the artifact folder `path`, all at once, when the block ends well."""
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+        mlflow.log_artifacts(scratch, path)
+
+
+def log_choices(**choices: str) -> None:
+    """Print what a step chose and why, and keep it as parameters `chosen/…`."""
+    width = max(map(len, choices))
+    print("\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in choices.items()) + "\n", flush=True)
+    mlflow.log_params({f"{CHOSEN}/{name}": text for name, text in choices.items()})
+
+
+def log_settings(prefix: str, settings: Mapping[str, Any]) -> None:
+    """Log every setting as `prefix/name` and read them back, since MLflow can drop parameters silently.
+
+    Raises:
+        RuntimeError: naming those that did not arrive as they were.
+    """
+    sent = {f"{prefix}/{name}": str(value) for name, value in settings.items()}
+    mlflow.log_params(sent)
+    arrived = mlflow.get_run(run_id()).data.params
+    lost = sorted(name for name, value in sent.items() if arrived.get(name) != value)
+    if lost:
+        raise RuntimeError(f"MLflow did not keep these parameters: {', '.join(lost)}")
+
+
+def model_version(name: str, version: int | str) -> ModelVersion:
+    """Look up a version of a registered model.
+
+    Raises:
+        UserError: naming the versions that exist.
+    """
+    try:
+        return mlflow.MlflowClient().get_model_version(name, str(version))
+    except MlflowException as error:
+        found = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+        versions = ", ".join(sorted(v.version for v in found)) or "none"
+        raise UserError(f"registered_model_name={name}: has no version {version}; there are: {versions}.") from error
+
+
+def git_commit() -> str:
+    """Commit of the project as MLflow noted it on this run; empty outside a git checkout."""
+    return mlflow.get_run(run_id()).data.tags.get("mlflow.source.git.commit", "")
+
+
+def clear_run_id() -> dict[str, str]:
+    """Environment for a process that must not find this run."""
+    return {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
