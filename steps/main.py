@@ -18,7 +18,9 @@ def main(params: MainParams) -> None:
     trained = run_step("train", params, dataset_uri=dataset_uri)
     adapter_uri = f"runs:/{trained.info.run_id}/{tracking.ADAPTER}"
     registered = run_step("register", params, adapter_uri=adapter_uri, dataset_uri=dataset_uri)
-    name, version = (registered.data.tags[tag] for tag in (tracking.TAG_MODEL_NAME, tracking.TAG_MODEL_VERSION))
+    name, version = (
+        registered.data.tags[tag] for tag in (tracking.TAG_MODEL_NAME, tracking.TAG_MODEL_VERSION)
+    )
     model_uri = f"models:/{name}/{version}"
     evaluated = run_step("evaluate", params, model_uri=model_uri, dataset_uri=dataset_uri)
     gate = "promotion=never"

@@ -47,7 +47,7 @@ def main(params: PrepareDataParams) -> None:
     save(prepared, described)
     mlflow.log_metrics(counts)
     show(prepared, source, described)
-    print(f"  {counts['rows_train']} train, {counts['rows_validation']} validation and {counts['rows_test']} test rows")
+    print("  rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in prepared.splits.items()))
 
 
 def announce(base: base_model.BaseModel, source: dataset.DatasetSource) -> None:

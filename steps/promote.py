@@ -31,14 +31,18 @@ def current_champion(name: str) -> ModelVersion | None:
 
 def judge(params: PromoteParams, champion: ModelVersion | None) -> Decision:
     """Decide by the version's evaluation and the champion's newest one."""
-    candidate = evaluation("evaluation_run_id", params.evaluation_run_id, params.registered_model_name, params.version)
+    candidate = evaluation(
+        "evaluation_run_id", params.evaluation_run_id, params.registered_model_name, params.version
+    )
     if champion is None:
         return decide(candidate, None, floor=params.min_execution_accuracy)
     if champion.version == str(params.version):
         return Decision(True, "is the champion already")
     scored = champion.tags.get(tracking.TAG_EVALUATION_RUN)
     if not scored:
-        return Decision(False, f"the champion, version {champion.version}, has no evaluation; evaluate it first")
+        return Decision(
+            False, f"the champion, version {champion.version}, has no evaluation; evaluate it first"
+        )
     return decide(
         candidate,
         evaluation("evaluation run of the champion", scored, champion.name, champion.version),
@@ -63,7 +67,10 @@ def evaluation(what: str, run_id: str, name: str, version: int | str) -> Evaluat
 
 def keep(decision: Decision, version: ModelVersion, *, replaced: ModelVersion | None) -> None:
     """Keep decision and reason as tags of the version and the run, and say them."""
-    said = {tracking.TAG_PROMOTED: "yes" if decision.promote else "no", tracking.TAG_GATE_REASON: decision.reason}
+    said = {
+        tracking.TAG_PROMOTED: "yes" if decision.promote else "no",
+        tracking.TAG_GATE_REASON: decision.reason,
+    }
     if decision.promote and replaced and replaced.version != version.version:
         said[tracking.TAG_REPLACED] = replaced.version
     for name, value in said.items():

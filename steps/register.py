@@ -30,8 +30,8 @@ def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params:
         if getattr(trained_on, name) != getattr(of_dataset, name):
             raise UserError(
                 f"adapter_uri={params.adapter_uri}: was trained with {name} {getattr(trained_on, name)}, but "
-                f"dataset_uri={params.dataset_uri} has {getattr(of_dataset, name)}; give the dataset that it was "
-                "trained on."
+                f"dataset_uri={params.dataset_uri} has {getattr(of_dataset, name)}; give the dataset of its "
+                "training."
             )
 
 

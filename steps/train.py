@@ -41,7 +41,9 @@ def main(params: TrainParams) -> None:
     checkpoints = training.Checkpoints(saver.save_checkpoint, save_steps=params.save_steps)
     reporter = training.Reporter(mlflow.log_metrics, batch_size=params.batch_size)
     with checkpoints.listening():
-        mean_loss = training.train(model, tokenizer, data, settings=settings, callbacks=[reporter, checkpoints])
+        mean_loss = training.train(
+            model, tokenizer, data, settings=settings, callbacks=[reporter, checkpoints]
+        )
     mlflow.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
     if checkpoints.stopped_by:
         raise tracking.Interrupted(checkpoints.stopped_by)
@@ -102,7 +104,10 @@ def trainer_settings(params: TrainParams, model: PeftModel, *, rows: int) -> Tra
         "optim": training.optimizer(device),
         "gradient_checkpointing": "yes" if training.recompute_activations(device, frozen, memory) else "no",
     }
-    chosen = {name: found if getattr(params, name) == "auto" else getattr(params, name) for name, found in auto.items()}
+    chosen = {
+        name: found if getattr(params, name) == "auto" else getattr(params, name)
+        for name, found in auto.items()
+    }
     tracking.log_choices(**{name: str(value) for name, value in chosen.items()}, steps=str(steps))
     return training.arguments(
         Path(tempfile.gettempdir()),

@@ -30,7 +30,12 @@ def lora_config(*, r: int, alpha: float, dropout: float, target_modules: str) ->
     """LoRA (arXiv 2106.09685) as peft takes it; `target_modules` is `all-linear` or a comma list."""
     modules = target_modules if target_modules == "all-linear" else target_modules.split(",")
     return LoraConfig(
-        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, bias="none"
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=modules,
+        bias="none",
     )
 
 
@@ -48,17 +53,20 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 def check_modules(model: PreTrainedModel, names: set[str]) -> None:
     """Refuse module names that LoRA cannot be put on; see `attach`."""
-    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {
+        name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     unknown = sorted(names - linear)
     problem = f"target_modules={','.join(sorted(names))}"
     if unknown:
         raise UserError(
-            f"{problem}: this base has no linear layers {', '.join(unknown)}; it has: {', '.join(sorted(linear))}."
+            f"{problem}: this base has no linear layers {', '.join(unknown)}; "
+            f"it has: {', '.join(sorted(linear))}."
         )
     if "lm_head" in names and model.config.tie_word_embeddings:
         raise UserError(
-            f"{problem}: lm_head is tied to the embeddings in this base, so an adapter on it would carry the whole "
-            "layer and merge wrongly; leave lm_head out."
+            f"{problem}: lm_head is tied to the embeddings in this base, so an adapter on it would carry the "
+            "whole layer and merge wrongly; leave lm_head out."
         )
 
 

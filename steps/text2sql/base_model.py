@@ -81,7 +81,9 @@ def _auto() -> tuple[str, str]:
 def _embedded(reason: str) -> BaseModel:
     folder = embedded_base()
     license_text = (folder / "LICENSE").read_text(encoding="utf-8")
-    return BaseModel(EMBEDDED_BASE, f"{EMBEDDED_WHEEL} sha256:{EMBEDDED_WHEEL_SHA256}", reason, license_text, 0)
+    return BaseModel(
+        EMBEDDED_BASE, f"{EMBEDDED_WHEEL} sha256:{EMBEDDED_WHEEL_SHA256}", reason, license_text, 0
+    )
 
 
 def _directory(folder: Path, reason: str) -> BaseModel:

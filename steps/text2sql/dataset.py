@@ -91,7 +91,9 @@ def _read_jsonl(path: Path) -> pandas.DataFrame:
         try:
             row = json.loads(line) if line.strip() else None
             rows += [row] if isinstance(row, dict) else []
-            problems += [f"line {number}: not an object"] if row is not None and not isinstance(row, dict) else []
+            problems += (
+                [f"line {number}: not an object"] if row is not None and not isinstance(row, dict) else []
+            )
         except (json.JSONDecodeError, RecursionError) as error:
             problems.append(f"line {number}: {error}")
     if problems:
@@ -138,7 +140,9 @@ def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
         rows[name] = rows[name].where(is_text, "").str.strip()
         reasons[(rows[name] == "") & (reasons == "")] = f"{name} is missing, empty or not text"
     complete = rows[reasons == ""]
-    answers = complete.drop_duplicates(list(COLUMNS)).groupby(["question", "context"])["answer"].transform("size")
+    answers = (
+        complete.drop_duplicates(list(COLUMNS)).groupby(["question", "context"])["answer"].transform("size")
+    )
     contradictory = complete.merge(
         complete.loc[answers.index[answers > 1], ["question", "context"]].drop_duplicates(), how="inner"
     )

@@ -15,7 +15,9 @@ def describe_device() -> str:
     if device == "cpu":
         return f"cpu, {os.cpu_count()} cores, {name} (no CUDA GPU here)"
     gpu = torch.cuda.get_device_properties(0)
-    return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {name} (compute capability {gpu.major}.{gpu.minor})"
+    return (
+        f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {name} (compute capability {gpu.major}.{gpu.minor})"
+    )
 
 
 def peak_memory_gib() -> float:

@@ -33,11 +33,15 @@ def decide(candidate: Evaluation, champion: Evaluation | None, *, floor: float) 
     if math.isnan(score):
         return Decision(False, f"{EXECUTION_ACCURACY} is missing or NaN")
     if score < floor:
-        return Decision(False, f"{EXECUTION_ACCURACY} {score:.4f} is under min_execution_accuracy {floor:.4f}")
+        return Decision(
+            False, f"{EXECUTION_ACCURACY} {score:.4f} is under min_execution_accuracy {floor:.4f}"
+        )
     if champion is None:
         return Decision(True, f"first champion, {EXECUTION_ACCURACY} {score:.4f}")
     if champion.rows_digest != candidate.rows_digest:
-        return Decision(False, "the champion was scored on other rows; evaluate it on this dataset, then promote again")
+        return Decision(
+            False, "the champion was scored on other rows; evaluate it on this dataset, then promote again"
+        )
     best = champion.execution_accuracy
     if not score > best:
         return Decision(False, f"{EXECUTION_ACCURACY} {score:.4f} is not above the champion's {best:.4f}")

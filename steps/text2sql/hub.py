@@ -59,7 +59,8 @@ def resolve(value: str, *, parameter: str, kind: Literal["model", "dataset"], in
         raise UserError(f"{problem}: {name} has no revision {revision}; see {page}/commits.") from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise UserError(
-            f"{problem}: the hub has no such {kind}; look at {page}, set HF_TOKEN if it is private, or give {instead}."
+            f"{problem}: the hub has no such {kind}; look at {page}, set HF_TOKEN if it is private, "
+            f"or give {instead}."
         ) from error
     except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(f"{problem}: the hub is out of reach ({page}: {error}). Give {instead}.") from error
@@ -69,8 +70,12 @@ def resolve(value: str, *, parameter: str, kind: Literal["model", "dataset"], in
 
 def license_text(repository: HubRepository) -> str:
     """Text of the repository's LICENSE file, or its card's identifier and where it stands."""
-    names = [name for name in repository.files if name.upper().split(".")[0] in ("LICENSE", "LICENCE", "COPYING")]
+    names = [
+        name for name in repository.files if name.upper().split(".")[0] in ("LICENSE", "LICENCE", "COPYING")
+    ]
     if names:
-        with open(hf_hub_download(repository.name, names[0], revision=repository.commit), encoding="utf-8") as file:
+        with open(
+            hf_hub_download(repository.name, names[0], revision=repository.commit), encoding="utf-8"
+        ) as file:
             return file.read()
     return f"{repository.license}, see https://huggingface.co/{repository.name}\n"

@@ -1,4 +1,4 @@
-"""What a dataset and an adapter were made of, as JSON beside them: later steps read it, nothing is guessed."""
+"""What a dataset and an adapter were made of, as JSON beside them: later steps read it and guess nothing."""
 
 import dataclasses
 import json

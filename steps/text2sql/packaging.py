@@ -28,7 +28,10 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-EXAMPLE = {"question": "How many heads are older than 56?", "context": "CREATE TABLE head (name TEXT, age INTEGER)"}
+EXAMPLE = {
+    "question": "How many heads are older than 56?",
+    "context": "CREATE TABLE head (name TEXT, age INTEGER)",
+}
 # Loads the package as a user would, where nothing of this project is on the path.
 ASK = """\
 import json, sys
@@ -85,10 +88,13 @@ def ask_in_fresh_process(model_uri: str, environment: dict[str, str]) -> str:
             timeout=ASK_TIMEOUT_SECONDS,
             check=False,
         )
-    answers = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    answers = [
+        line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")
+    ]
     if done.returncode or len(answers) != 1:
         raise UserError(
-            f"{model_uri}: the package does not load and answer in a fresh process, so it is not registered:\n"
+            f"{model_uri}: the package does not load and answer in a fresh process, "
+            "so it is not registered:\n"
             f"{done.stderr.strip()[-2000:]}"
         )
     return json.loads(answers[0])[0]

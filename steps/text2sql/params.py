@@ -23,7 +23,9 @@ Params = TypeVar("Params")
 
 def users_folder() -> Path:
     """Folder where the user typed `mlflow run`: the steps themselves run in the project's folder."""
-    launchers = [p for p in psutil.Process().parents() if any(Path(w).name == "mlflow" for w in p.cmdline()[:3])]
+    launchers = [
+        p for p in psutil.Process().parents() if any(Path(w).name == "mlflow" for w in p.cmdline()[:3])
+    ]
     return Path(launchers[-1].cwd()) if launchers else Path.cwd()
 
 
@@ -49,7 +51,9 @@ def _base_model(value: str) -> str:
         if not (Path(folder) / "config.json").is_file():
             raise ValueError("is no model directory: it has no config.json")
         return folder
-    return _hub_id(value, "auto, smollm2-135m, a hub id (owner/name, owner/name@revision) or an absolute directory")
+    return _hub_id(
+        value, "auto, smollm2-135m, a hub id (owner/name, owner/name@revision) or an absolute directory"
+    )
 
 
 def _dataset(value: str) -> str:
@@ -112,11 +116,17 @@ class PrepareDataParams:
     dataset: Annotated[
         str,
         AfterValidator(_dataset),
-        Field(description="auto, sample, a hub id with optional @revision, or a JSONL, JSON, CSV or Parquet file"),
+        Field(description="auto, sample, a hub id with optional @revision, or a file of DATA_SUFFIXES"),
     ]
-    max_length: Annotated[int, Field(ge=16, le=32768, description="tokens of prompt and answer; longer rows are rejected")]
-    test_size: Annotated[float, Field(gt=0, lt=1, description="share of the table groups, or of the rows, kept for testing")]
-    split_by: Annotated[Literal["schema", "random"], Field(description="schema: no test table occurs in training")]
+    max_length: Annotated[
+        int, Field(ge=16, le=32768, description="tokens of prompt and answer; longer rows are rejected")
+    ]
+    test_size: Annotated[
+        float, Field(gt=0, lt=1, description="share of the table groups, or of the rows, kept for testing")
+    ]
+    split_by: Annotated[
+        Literal["schema", "random"], Field(description="schema: no test table occurs in training")
+    ]
     seed: Seed
 
 
@@ -125,7 +135,9 @@ class TrainParams:
     """Parameters of train; the names are those of transformers.TrainingArguments and peft.LoraConfig."""
 
     dataset_uri: ArtifactUri
-    max_steps: Annotated[int, AfterValidator(_steps), Field(description="optimizer steps; -1: num_train_epochs")]
+    max_steps: Annotated[
+        int, AfterValidator(_steps), Field(description="optimizer steps; -1: num_train_epochs")
+    ]
     batch_size: Annotated[int, Field(ge=1, le=4096, description="rows an optimizer step, over all processes")]
     learning_rate: Annotated[Auto | Positive, Field(description="peak rate; auto: by the size of the base")]
     lora_r: Annotated[int, Field(ge=1, le=1024, description="rank of the LoRA matrices")]
@@ -137,10 +149,15 @@ class TrainParams:
     quantization: Annotated[Literal["nf4", "none"], Field(description="of the frozen base")]
     launch: Annotated[Literal["single"], Field(description="single: train in one process")]
     seed: Seed
-    num_train_epochs: Annotated[Positive, Field(description="passes over the rows; counts where max_steps is -1")]
-    warmup_steps: Annotated[Auto | Annotated[int, Field(ge=0)], Field(description="auto: a twentieth of the steps")]
+    num_train_epochs: Annotated[
+        Positive, Field(description="passes over the rows; counts where max_steps is -1")
+    ]
+    warmup_steps: Annotated[
+        Auto | Annotated[int, Field(ge=0)], Field(description="auto: a twentieth of the steps")
+    ]
     lr_scheduler_type: Annotated[
-        Literal["cosine", "linear", "constant", "constant_with_warmup"], Field(description="learning rate schedule")
+        Literal["cosine", "linear", "constant", "constant_with_warmup"],
+        Field(description="learning rate schedule"),
     ]
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="of AdamW")]
     optim: Annotated[
@@ -180,7 +197,8 @@ class PromoteParams:
 
     version: Annotated[int, Field(ge=1, description="model version to make champion")]
     evaluation_run_id: Annotated[
-        str, Field(pattern=r"^[0-9a-f]*$", description="evaluate run to judge by; empty: a move by hand, no gate")
+        str,
+        Field(pattern=r"^[0-9a-f]*$", description="evaluate run to judge by; empty: a move by hand, no gate"),
     ]
     min_execution_accuracy: Annotated[float, Field(ge=0, le=1, description="floor of the gate")]
     registered_model_name: ModelName

@@ -60,7 +60,9 @@ def judge(
         is_valid, reason = False, str(error)
     if database:
         try:
-            is_right = is_valid and execution_match_on(database, gold, predicted, timeout_seconds=timeout_seconds)
+            is_right = is_valid and execution_match_on(
+                database, gold, predicted, timeout_seconds=timeout_seconds
+            )
             reason = reason or ("" if is_right else "other rows than gold")
         except QueryError as error:
             is_right, reason = False, str(error)
@@ -83,5 +85,9 @@ def metrics(verdicts: Sequence[Verdict], *, prefix: str = "") -> dict[str, float
 def comparison(found: Mapping[str, float], *, base_prefix: str) -> str:
     """Text table of a model's metrics beside those of its base."""
     lines = [f"  {'':<20}{'base':>8}{'tuned':>8}"]
-    lines += [f"  {name:<20}{found[base_prefix + name]:>8.1%}{found[name]:>8.1%}" for name in METRICS if name in found]
+    lines += [
+        f"  {name:<20}{found[base_prefix + name]:>8.1%}{found[name]:>8.1%}"
+        for name in METRICS
+        if name in found
+    ]
     return "\n".join(lines)

@@ -15,7 +15,9 @@ from steps.text2sql.errors import UserError
 
 VALIDATION_ROWS = 500
 VALIDATION_SHARE = 0.05
-CREATE_TABLE = re.compile(r"CREATE\s+TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?(\"[^\"]+\"|`[^`]+`|\[[^]]+\]|[^\s(]+)\s*\(", re.I)
+CREATE_TABLE = re.compile(
+    r"CREATE\s+TABLE\s+(?:IF\s+NOT\s+EXISTS\s+)?(\"[^\"]+\"|`[^`]+`|\[[^]]+\]|[^\s(]+)\s*\(", re.I
+)
 # Words that begin a constraint, not a column, in SQLite's grammar of CREATE TABLE.
 CONSTRAINTS = {"PRIMARY", "FOREIGN", "UNIQUE", "CHECK", "CONSTRAINT"}
 # sql-create-context numbers the tables of WikiSQL without meaning: only their columns tell them apart.
@@ -46,8 +48,8 @@ def split(
     empty = [name for name in ("train", "test") if parts[name].empty]
     if empty:
         raise UserError(
-            f"split_by={by}, test_size={test_size}: leaves no rows for {' and '.join(empty)} out of {len(rows)} "
-            "rows; give more rows or tables, another test_size, or split_by=random."
+            f"split_by={by}, test_size={test_size}: leaves no rows for {' and '.join(empty)} out of "
+            f"{len(rows)} rows; give more rows or tables, another test_size, or split_by=random."
         )
     return parts
 
@@ -83,7 +85,11 @@ def groups(contexts: pandas.Series) -> numpy.ndarray:
     """Number of the group of each row, `(rows,)`: rows that share a table, directly or through others."""
     cached = lru_cache(maxsize=None)(tables)
     codes: dict[str, int] = {}
-    pairs = [(row, codes.setdefault(t, len(codes))) for row, c in enumerate(contexts.astype(str)) for t in cached(c)]
+    pairs = [
+        (row, codes.setdefault(t, len(codes)))
+        for row, c in enumerate(contexts.astype(str))
+        for t in cached(c)
+    ]
     row, table = numpy.array(pairs).T
     size = len(contexts) + len(codes)
     graph = coo_matrix((numpy.ones(len(pairs)), (row, len(contexts) + table)), shape=(size, size))

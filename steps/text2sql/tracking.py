@@ -55,7 +55,10 @@ class Interrupted(Exception):
 
 
 def run_step(
-    params_class: type[Params], step: Callable[[Params], None], *, user_errors: tuple[type[Exception], ...] = ()
+    params_class: type[Params],
+    step: Callable[[Params], None],
+    *,
+    user_errors: tuple[type[Exception], ...] = (),
 ) -> None:
     """Parse the command line and call a step inside its run.
 
@@ -98,7 +101,14 @@ def _end(status: str, tag: str, reason: str) -> None:
 
 def _quiet() -> None:
     # Each of these says at INFO or WARNING what a user can neither use nor change.
-    for name in ("httpx", "alembic", "mlflow.projects", "bitsandbytes.backends.cpu.ops", "mlflow.store.db.utils", "matplotlib"):
+    for name in (
+        "httpx",
+        "alembic",
+        "mlflow.projects",
+        "bitsandbytes.backends.cpu.ops",
+        "mlflow.store.db.utils",
+        "matplotlib",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -151,7 +161,7 @@ def _artifacts_of(uri: str) -> str:
 
 @contextmanager
 def logged_folder(path: str) -> Iterator[Path]:
-    """Scratch folder whose contents become the artifact folder `path`, all at once, when the block ends well."""
+    """Scratch folder whose contents become the artifact folder `path` when the block ends well."""
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch)
         mlflow.log_artifacts(scratch, path)
@@ -181,7 +191,9 @@ def log_settings(prefix: str, settings: Mapping[str, Any]) -> None:
 def choices(run: Run) -> dict[str, str]:
     """What `log_choices` kept on a run."""
     prefix = f"{CHOSEN}/"
-    return {name.removeprefix(prefix): text for name, text in run.data.params.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): text for name, text in run.data.params.items() if name.startswith(prefix)
+    }
 
 
 def env_manager() -> str:
@@ -215,7 +227,9 @@ def model_version(name: str, version: int | str) -> ModelVersion:
     except MlflowException as error:
         found = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
         versions = ", ".join(sorted(v.version for v in found)) or "none"
-        raise UserError(f"registered_model_name={name}: has no version {version}; there are: {versions}.") from error
+        raise UserError(
+            f"registered_model_name={name}: has no version {version}; there are: {versions}."
+        ) from error
 
 
 def git_commit() -> str:

@@ -25,7 +25,7 @@ EVALUATIONS = 3
 EVALUATION_ROWS = 64
 # Rows that a 24 GB GPU holds at once with a 7B base in 4 bits; more are accumulated.
 MICRO_BATCH_ROWS = 8
-# Memory over which a 7B base in nf4 needs no recomputation at 8 rows: 16.4 GiB were measured at 130 tokens a row.
+# Over this a 7B base in nf4 needs no recomputation at 8 rows: 16.4 GiB were measured at 130 tokens a row.
 ROOMY_GPU_BYTES = 40 * 2**30
 SMALL_BASE_PARAMETERS = 1_000_000_000
 Log = Callable[[dict[str, float], int], None]
@@ -62,7 +62,9 @@ def batch_shape(batch_size: int) -> dict[str, int]:
     return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batch_size // rows}
 
 
-def arguments(output: Path, *, steps: int, batch_size: int, recompute: bool, **named: Any) -> TrainingArguments:
+def arguments(
+    output: Path, *, steps: int, batch_size: int, recompute: bool, **named: Any
+) -> TrainingArguments:
     """Trainer's settings for `steps` optimizer steps of `batch_size` rows; `named` go to it as they are."""
     device, dtype = pick_device()
     precision = {"float32": {}, "bfloat16": {"bf16": True}, "float16": {"fp16": True}}
@@ -108,7 +110,9 @@ class Reporter(TrainerCallback):
         step = state.global_step
         if "loss" in logs:
             self.train_loss.append((step, logs["loss"]))
-            metrics = {"train_loss": logs["loss"]} | {k: logs[k] for k in ("learning_rate", "grad_norm") if k in logs}
+            metrics = {"train_loss": logs["loss"]} | {
+                k: logs[k] for k in ("learning_rate", "grad_norm") if k in logs
+            }
             self.log(metrics | self._speed(state), step)
         if "eval_loss" in logs:
             self.eval_loss.append((step, logs["eval_loss"]))
@@ -144,7 +148,7 @@ class Checkpoints(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as the wish to stop after the current step; the second one stops at once."""
+        """Take SIGINT and SIGTERM as a wish to stop after the current step; the second stops at once."""
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -156,7 +160,9 @@ class Checkpoints(TrainerCallback):
         if self.stopped_by:
             raise KeyboardInterrupt(self.stopped_by)
         self.stopped_by = signal.Signals(number).name
-        print(f"\n{self.stopped_by}: saving a checkpoint after this step; once more stops at once.", flush=True)
+        print(
+            f"\n{self.stopped_by}: saving a checkpoint after this step; once more stops at once.", flush=True
+        )
 
 
 def train(
@@ -171,7 +177,9 @@ def train(
 
     The loss counts labels only, so answer and EOS; the collator pads a batch to its own longest row.
     """
-    rows, validation = (data[name].select_columns(["input_ids", "labels"]) for name in ("train", "validation"))
+    rows, validation = (
+        data[name].select_columns(["input_ids", "labels"]) for name in ("train", "validation")
+    )
     validation = validation.select(range(min(EVALUATION_ROWS, len(validation))))
     if not len(validation):
         settings.eval_strategy = "no"
