@@ -40,9 +40,13 @@ def answer(
     model: SQLModel, rows: pandas.DataFrame, *, adapter: bool, max_new_tokens: int, batch_size: int
 ) -> list[Generated]:
     """Answers in the order of the rows, with the adapter or with the base alone; shows a progress bar."""
-    answers = model.answer(rows, adapter=adapter, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    title = f"Answering ({'tuned' if adapter else 'base'})"
-    found = dict(tqdm(answers, total=len(rows), desc=title, unit="row"))
+    found: dict[int, Generated] = {}
+    with tqdm(total=len(rows), desc=f"Answering ({'tuned' if adapter else 'base'})", unit="row") as bar:
+        for batch in model.answer(
+            rows, adapter=adapter, max_new_tokens=max_new_tokens, batch_size=batch_size
+        ):
+            found |= batch
+            bar.update(len(batch))
     return [found[i] for i in range(len(rows))]
 
 

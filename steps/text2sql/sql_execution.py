@@ -1,8 +1,8 @@
 """Running SQL that nobody has looked at, and comparing what it returns.
 
 Covered: a query can only read one database, which is opened read-only (`mode=ro`, `query_only`, and an
-authorizer that allows nothing but reading), cannot attach another file or load code, and is bounded in time, in
-memory for one value, in rows returned and in the length and depth of its text.
+authorizer that allows nothing but reading), cannot attach another file or load code, and is bounded in time,
+in memory for one value, in rows returned and in the length and depth of its text.
 
 Not covered: one opcode that runs long by itself, since the deadline is looked at between opcodes only (a
 nested replace() ran for seconds past it), and the memory of the process as a whole.

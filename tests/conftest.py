@@ -1,0 +1,187 @@
+"""A tiny random base model, a store of its own for each test, and one chain of steps that many tests read."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+import torch
+import yaml
+from mlflow.entities import Run
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steps import evaluate, prepare_data, promote, register, train
+from steps.text2sql import params, sample_data, tracking
+from steps.text2sql.sql_model import BaseModelError
+
+PROJECT = Path(__file__).parents[1]
+STEPS = {
+    "prepare_data": prepare_data,
+    "train": train,
+    "register": register,
+    "evaluate": evaluate,
+    "promote": promote,
+}
+# The tiny base's matrices are so small that a second thread only waits: 50 times slower on shared cores.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+# Small enough for seconds on one core, large enough that a loss can fall.
+QUICK = {"max_steps": 6, "batch_size": 4, "lora_r": 4, "lora_alpha": 8, "logging_steps": 1, "save_steps": 2}
+
+
+def defaults(entry_point: str) -> dict[str, str]:
+    """Defaults of an entry point as MLproject has them, without the parameters that have none."""
+    declared = yaml.safe_load((PROJECT / "MLproject").read_text())["entry_points"][entry_point]["parameters"]
+    return {name: str(kind["default"]) for name, kind in declared.items() if "default" in kind}
+
+
+def words(values: dict[str, object]) -> list[str]:
+    """Values as the words of a command line."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def call_step(step: str, **values: object) -> Run:
+    """Call a step as its command line does, in this process; its run comes back.
+
+    A failing step raises SystemExit, and `mlflow.last_active_run()` is its run.
+    """
+    argv, sys.argv = sys.argv, [step, *words(defaults(step) | values)]
+    try:
+        tracking.run_step(params.CHAIN[step], STEPS[step].main, user_errors=(BaseModelError,))
+    finally:
+        sys.argv = argv
+    return mlflow.get_run(mlflow.last_active_run().info.run_id)
+
+
+def failure(step: str, **values: object) -> tuple[str, Run]:
+    """Message and run of a step that must fail with a message for the user, and exit status 1."""
+    with pytest.raises(SystemExit) as caught:
+        call_step(step, **values)
+    # Python prints a SystemExit's text and exits with status 1.
+    assert isinstance(caught.value.code, str)
+    return caught.value.code, mlflow.get_run(mlflow.last_active_run().info.run_id)
+
+
+@contextmanager
+def tracking_at(uri: str) -> Iterator[str]:
+    """Point MLflow, and the processes that a test starts, to a store."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+            patch.delenv(name, raising=False)
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
+        yield uri
+        mlflow.end_run("KILLED")
+        mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
+    """Makes fresh SQLite stores; their tables are made once and copied, which takes seconds otherwise."""
+    template = tmp_path_factory.mktemp("store") / "mlflow.db"
+    with tracking_at(f"sqlite:///{template}"), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(template.parent)
+        mlflow.search_experiments()
+
+    def make() -> str:
+        return f"sqlite:///{shutil.copy(template, tmp_path_factory.mktemp('store') / 'mlflow.db')}"
+
+    return make
+
+
+@pytest.fixture
+def store(new_store: Callable[[], str]) -> Iterator[str]:
+    """A fresh store that MLflow uses during one test."""
+    with tracking_at(new_store()) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a Llama of two layers with random weights, whose tokenizer knows the built-in rows."""
+    return write_tiny_base(tmp_path_factory.mktemp("tiny_base"), tiny_tokenizer())
+
+
+def write_tiny_base(folder: Path, tokenizer: PreTrainedTokenizerFast, **config: object) -> Path:
+    """Write a random Llama with this tokenizer into a folder."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ids, **config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "LICENSE").write_text("Licence of the tiny base\n")
+    return folder
+
+
+def tiny_tokenizer(vocab_size: int = 600) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on some built-in rows."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((" ".join(row.values()) for row in sample_data.generate(0)[:300]), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def plain_rows(count: int = 60, *, tables: int = 20) -> list[dict[str, object]]:
+    """Sound rows over so many tables that share nothing."""
+    return [
+        {
+            "question": f"How many items of table {i % tables} cost more than {i}?",
+            "context": f"CREATE TABLE items_{i % tables} (name TEXT, price_{i % tables} INTEGER)",
+            "answer": f"SELECT COUNT(*) FROM items_{i % tables} WHERE price_{i % tables} > {i}",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished_chain(new_store: Callable[[], str], tiny_base: Path) -> SimpleNamespace:
+    """All steps on the tiny base and the built-in rows: the store, each step's run, the URIs between them."""
+    with tracking_at(new_store()) as uri:
+        prepared = call_step("prepare_data", base_model=tiny_base, dataset="sample", max_length=1024)
+        dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
+        trained = call_step("train", dataset_uri=dataset_uri, **QUICK)
+        adapter_uri = f"runs:/{trained.info.run_id}/adapter"
+        registered = call_step("register", adapter_uri=adapter_uri, dataset_uri=dataset_uri)
+        evaluated = call_step(
+            "evaluate", model_uri="models:/text2sql/1", dataset_uri=dataset_uri, eval_rows=6
+        )
+        promoted = call_step("promote", version=1, evaluation_run_id=evaluated.info.run_id)
+    return SimpleNamespace(
+        store=uri,
+        dataset_uri=dataset_uri,
+        adapter_uri=adapter_uri,
+        prepare_data=prepared,
+        train=trained,
+        register=registered,
+        evaluate=evaluated,
+        promote=promoted,
+    )
+
+
+@pytest.fixture
+def chain(finished_chain: SimpleNamespace) -> Iterator[SimpleNamespace]:
+    """The finished chain, with MLflow on its store."""
+    with tracking_at(finished_chain.store):
+        yield finished_chain

@@ -1,0 +1,322 @@
+"""Reading rows from files, taking out what cannot teach, and pinning where rows come from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+from steps.text2sql import dataset, hub
+from steps.text2sql.errors import UserError
+from tests.conftest import PROJECT, plain_rows, write_jsonl
+
+HEADER = ",".join(dataset.COLUMNS)
+
+
+def read_file(path: Path) -> pandas.DataFrame:
+    return dataset.read(dataset.resolve(str(path), base_is_hub=False), seed=42)
+
+
+def read_text(path: Path, content: str | bytes) -> pandas.DataFrame:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_file(path)
+
+
+def refusal(path: Path, content: str | bytes) -> str:
+    """Message of a file that cannot be read; every one names the parameter and the file."""
+    with pytest.raises(UserError) as caught:
+        read_text(path, content)
+    assert f"dataset={path}" in str(caught.value)
+    return str(caught.value)
+
+
+def frame(*rows: tuple[object, object, object], index: list[int] | None = None) -> pandas.DataFrame:
+    return pandas.DataFrame(rows, columns=list(dataset.COLUMNS), index=index)
+
+
+def test_the_four_file_formats_give_the_same_rows(tmp_path):
+    rows = [*plain_rows(5), {"question": 'Say "é, ü"\nplease', "context": "C", "answer": "SELECT '\\n'"}]
+    table = pandas.DataFrame(rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    table.to_parquet(tmp_path / "rows.parquet")
+    for suffix in ("jsonl", "json", "csv", "parquet"):
+        assert read_file(tmp_path / f"rows.{suffix}").to_dict("records") == rows, suffix
+
+
+def test_other_columns_are_left_out_and_the_order_of_columns_does_not_matter(tmp_path):
+    rows = read_text(tmp_path / "rows.csv", "id,answer,database,question,context\n7,a,d,q,c\n")
+    assert rows.to_dict("records") == [{"question": "q", "context": "c", "answer": "a"}]
+
+
+def test_csv_cells_stay_text(tmp_path):
+    rows = read_text(tmp_path / "rows.csv", f"{HEADER}\nNA,007,1.0\nnull,True,\n")
+    assert rows.values.tolist() == [["NA", "007", "1.0"], ["null", "True", ""]]
+
+
+def test_a_csv_cell_may_be_longer_than_the_csv_modules_limit(tmp_path):
+    question = "x" * (128 * 1024 + 1)
+    assert read_text(tmp_path / "rows.csv", f"{HEADER}\n{question},c,a\n")["question"][0] == question
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", '{"question": "q", "context": "c", "answer": "a"}'),
+        ("rows.json", '[{"question": "q", "context": "c", "answer": "a"}]'),
+        ("rows.csv", f"{HEADER}\r\nq,c,a\r\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path, name, content):
+    rows = read_text(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
+    assert rows.values.tolist() == [["q", "c", "a"]]
+
+
+def test_blank_json_lines_are_skipped_and_a_line_separator_in_a_string_is_no_line_end(tmp_path):
+    content = '\n{"question": "a\u2028b", "context": "c", "answer": "a"}\n  \n'
+    assert read_text(tmp_path / "rows.jsonl", content)["question"].tolist() == ["a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]"), ("d.csv", f"{HEADER}\n")]
+)
+def test_a_file_without_rows_is_refused(tmp_path, name, content):
+    assert "no rows" in refusal(tmp_path / name, content)
+
+
+def test_missing_columns_are_named_beside_those_that_were_found(tmp_path):
+    message = refusal(tmp_path / "rows.csv", "question,schema,query\nq,c,a\n")
+    assert "lacks the columns context, answer;" in message
+    assert "found: question, schema, query" in message
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_in_another_encoding_is_refused_with_the_byte_and_the_way_out(tmp_path, name):
+    message = refusal(
+        tmp_path / name, f"{HEADER}\nna\N{LATIN SMALL LETTER I WITH DIAERESIS}ve".encode("latin-1")
+    )
+    assert f"byte {len(HEADER) + 3}" in message
+    assert "save it as UTF-8" in message
+
+
+# DEFECT: the csv reader decodes in chunks, and the byte is counted from the chunk's start.
+def test_the_byte_that_is_not_utf8_is_counted_from_the_start_of_a_long_csv_file(tmp_path):
+    start = f"{HEADER}\n".encode() + b"q,c,a\n" * 3000
+    assert f"byte {len(start)};" in refusal(tmp_path / "rows.csv", start + b"\xff,c,a\n")
+
+
+GOOD_LINE = '{"question": "q", "context": "c", "answer": "a"}\n'
+
+
+def test_a_broken_json_line_is_named_by_its_number(tmp_path):
+    message = refusal(tmp_path / "rows.jsonl", GOOD_LINE * 2 + '{"question": \n' + GOOD_LINE)
+    assert "line 3:" in message
+    assert "line 4:" not in message
+
+
+def test_several_broken_json_lines_are_in_one_message_and_the_rest_is_counted(tmp_path):
+    message = refusal(tmp_path / "rows.jsonl", GOOD_LINE + "{\n" * 7)
+    assert all(f"line {number}:" in message for number in range(2, 7))
+    assert "line 7:" not in message
+    assert "and 2 more" in message
+
+
+# DEFECT for null: the line is dropped without a word.
+@pytest.mark.parametrize("line", ["[1, 2]", '"text"', "7", "null"])
+def test_a_json_line_that_is_no_object_is_refused_by_its_number(tmp_path, line):
+    message = refusal(tmp_path / "rows.jsonl", f"{GOOD_LINE}{line}\n")
+    assert "line 2: not an object" in message
+
+
+# DEFECT for deep nesting: RecursionError with a traceback; the same line in JSONL is refused properly.
+@pytest.mark.parametrize(
+    "content", ["{", '{"question": "q"}', "[1]", "", pytest.param("[" * 100_000, id="deep")]
+)
+def test_a_json_file_that_is_no_list_of_objects_is_refused(tmp_path, content):
+    assert "is not valid JSON" in refusal(tmp_path / "rows.json", content)
+
+
+def test_an_open_quote_in_csv_is_refused(tmp_path):
+    assert "is not valid CSV" in refusal(tmp_path / "rows.csv", f'{HEADER}\nq,"c,a\n')
+
+
+# DEFECT: context becomes 'CREATE TABLE t (a INT' and answer ' b INT)'; the model learns that.
+def test_a_csv_row_with_more_cells_than_columns_is_not_read_shifted(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{HEADER}\nHow many?,CREATE TABLE t (a INT, b INT),SELECT a FROM t\n")
+    try:
+        kept, _ = dataset.check(read_file(path))
+    except UserError:
+        return
+    assert kept.empty
+
+
+def test_a_csv_row_with_fewer_cells_than_columns_is_rejected(tmp_path):
+    kept, reasons = dataset.check(read_text(tmp_path / "rows.csv", f"{HEADER}\nq,c\nq,c,a\n"))
+    assert list(kept.index) == [1]
+    assert "answer" in reasons[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 no parquet PAR1"])
+def test_a_broken_parquet_file_is_refused(tmp_path, content):
+    assert "is not valid PARQUET" in refusal(tmp_path / "rows.parquet", content)
+
+
+def test_a_file_that_is_gone_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_file(tmp_path / "gone.jsonl")
+
+
+def test_the_built_in_rows_name_their_database_and_follow_the_seed():
+    source = dataset.resolve("sample", base_is_hub=True)
+    rows = dataset.read(source, seed=1)
+    assert list(rows.columns) == ["question", "context", "answer", "database"]
+    assert dataset.digest(rows) == dataset.digest(dataset.read(source, seed=1))
+    assert dataset.digest(rows) != dataset.digest(dataset.read(source, seed=2))
+
+
+@pytest.mark.parametrize("column", dataset.COLUMNS)
+@pytest.mark.parametrize("value", [None, float("nan"), 7, ["q"], "", " \n\t "])
+def test_a_row_with_a_column_that_is_no_text_is_taken_out_with_the_columns_name(column, value):
+    rows = frame(("q", "c", "a"), ("q2", "c2", "a2"), index=[10, 20]).astype(object)
+    rows.at[20, column] = value
+    kept, reasons = dataset.check(rows)
+    assert list(kept.index) == [10]
+    assert reasons.to_dict() == {20: f"{column} is missing, empty or not text"}
+
+
+@pytest.mark.parametrize("value", [None, 1, 1.5])
+def test_a_column_without_any_text_takes_out_every_row(value):
+    kept, reasons = dataset.check(frame(("q", "c", value), ("q2", "c", value)))
+    assert kept.empty
+    assert list(reasons.index) == [0, 1]
+
+
+def test_of_repeated_rows_the_first_stays():
+    rows = frame(
+        ("q", "c", "a"), ("other", "c", "a"), ("q", "c", "a"), ("q", "c", " a\n"), index=[4, 3, 2, 1]
+    )
+    kept, reasons = dataset.check(rows)
+    assert list(kept.index) == [4, 3]
+    assert reasons.to_dict() == dict.fromkeys([2, 1], "duplicate of an earlier row")
+
+
+def test_of_contradictory_rows_none_stays_not_even_repeated_ones():
+    rows = frame(("q", "c", "a"), ("q", "c", "a"), ("q", "c", "b"), ("q", "other", "a"), ("p", "c", "b"))
+    kept, reasons = dataset.check(rows)
+    assert list(kept.index) == [3, 4]
+    assert list(reasons.index) == [0, 1, 2]
+    assert reasons.str.startswith("contradiction").all()
+
+
+def test_an_incomplete_row_contradicts_nothing():
+    kept, _ = dataset.check(frame(("q", "c", "a"), ("q", "c", None)))
+    assert list(kept.index) == [0]
+
+
+def test_sound_rows_lose_their_outer_white_space_and_nothing_else():
+    text = "SELECT  \"É\" ,\n\t'x  y' FROM t ;"
+    rows = frame((f" {text}\n", text, f"\t{text} "), ("NA", "null", "0"))
+    kept, reasons = dataset.check(rows)
+    assert kept.values.tolist() == [[text] * 3, ["NA", "null", "0"]]
+    assert reasons.empty
+    assert rows.iat[0, 0] == f" {text}\n"  # the raw rows stay as they were
+
+
+def test_a_check_of_no_rows_gives_no_rows():
+    kept, reasons = dataset.check(frame())
+    assert (len(kept), len(reasons)) == (0, 0)
+
+
+def test_the_digest_changes_with_one_character_and_with_the_order_of_rows():
+    rows = frame(("q", "c", "a"), ("p", "c", "b"))
+    others = [
+        frame(("q", "c", "a"), ("p", "c", "B")),
+        frame(("p", "c", "b"), ("q", "c", "a")),
+        frame(("qc", "", "a"), ("p", "c", "b")),
+        frame(("q", "c", "a")),
+    ]
+    assert len({dataset.digest(one) for one in [rows, *others]}) == 5
+
+
+def test_the_digest_does_not_depend_on_index_or_further_columns():
+    rows = frame(("q", "c", "a"))
+    assert dataset.digest(rows) == dataset.digest(rows.assign(database="d").set_index(pandas.Index([9])))
+
+
+def test_the_digest_is_the_same_in_another_process(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [*plain_rows(3), {"question": "é", "context": None}])
+    code = (
+        "import sys; from steps.text2sql import dataset as d;"
+        "print(d.digest(d.read(d.resolve(sys.argv[1], base_is_hub=False), seed=0)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == dataset.digest(read_file(path))
+
+
+@pytest.fixture
+def hub_calls(monkeypatch):
+    """Instead of the hub: what was looked up, and a fixed commit for it."""
+    calls = []
+
+    def resolve(value, **settings):
+        calls.append((value, settings))
+        name, _, revision = value.partition("@")
+        return hub.HubRepository(name, revision if len(revision) == 40 else "f" * 40, {}, "cc-by-4.0")
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    return calls
+
+
+def test_auto_is_the_built_in_rows_where_the_base_is_local(hub_calls):
+    source = dataset.resolve("auto", base_is_hub=False)
+    assert (source.kind, source.name, source.commit) == ("sample", "sample", "")
+    assert source.reason.startswith("auto:")
+    assert hub_calls == []
+
+
+def test_auto_is_the_pinned_hub_dataset_where_the_base_is_on_the_hub(hub_calls):
+    source = dataset.resolve("auto", base_is_hub=True)
+    commit = "9d80a6a118b838d9defc3798d659a54a2ac2ff37"
+    assert (source.kind, source.name, source.commit) == ("hub", "b-mc2/sql-create-context", commit)
+    assert source.reason.startswith("auto:")
+    assert [value for value, _ in hub_calls] == [f"b-mc2/sql-create-context@{commit}"]
+
+
+@pytest.mark.parametrize("base_is_hub", [True, False])
+def test_a_given_dataset_does_not_depend_on_the_base(hub_calls, tmp_path, base_is_hub):
+    given = [
+        dataset.resolve(v, base_is_hub=base_is_hub) for v in ("sample", "a/b@main", str(tmp_path / "r.csv"))
+    ]
+    assert [(s.kind, s.name, s.commit, s.reason) for s in given] == [
+        ("sample", "sample", "", "as given"),
+        ("hub", "a/b", "f" * 40, "as given"),
+        ("file", "r.csv", "", "as given"),
+    ]
+    settings = hub_calls[0][1]
+    assert (settings["parameter"], settings["kind"]) == ("dataset", "dataset")
+    assert "dataset=sample" in settings["instead"]
+
+
+def test_hub_rows_are_read_at_their_commit(monkeypatch):
+    asked = []
+
+    def load_dataset(name, **settings):
+        asked.append((name, settings))
+        return dataset.datasets.Dataset.from_list([{"context": "c", "answer": "a", "question": "q"}])
+
+    monkeypatch.setattr(dataset.datasets, "load_dataset", load_dataset)
+    rows = dataset.read(dataset.DatasetSource("a/b", "hub", "a/b", "f" * 40, ""), seed=1)
+    assert rows.values.tolist() == [["q", "c", "a"]]
+    assert asked == [("a/b", {"revision": "f" * 40, "split": "train"})]

@@ -1,0 +1,68 @@
+"""Stopping a training from outside: what was learned is kept, and can be registered."""
+
+import signal
+import subprocess
+import sys
+
+import mlflow
+import pytest
+
+from tests.conftest import PROJECT, QUICK, call_step, defaults, plain_rows, words, write_jsonl
+
+
+@pytest.fixture
+def dataset_uri(store, tiny_base, tmp_path):
+    """A prepared dataset of plain rows in a fresh store."""
+    file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(200))
+    return f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
+
+
+@pytest.fixture
+def training(dataset_uri):
+    """A training that would take hours, as a process."""
+    values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 1_000_000}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steps.train", *words(values)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def next_checkpoint(process):
+    """URI of the next checkpoint that a training says it saved; None when it ends without one."""
+    lines = (line for line in process.stdout if line.startswith("Checkpoint: "))
+    return next(lines, "").removeprefix("Checkpoint: ").strip() or None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_is_killed_and_its_last_checkpoint_can_be_registered(
+    training, dataset_uri, number
+):
+    first = next_checkpoint(training)
+    assert first.endswith("/checkpoints/checkpoint-2")
+    training.send_signal(number)
+    last = first
+    while found := next_checkpoint(training):
+        last = found
+    assert training.wait(timeout=120) == 1
+    run = mlflow.get_run(first.removeprefix("runs:/").split("/")[0])
+    assert (run.info.status, run.data.tags["stopped_by"]) == ("KILLED", number.name)
+    assert "failure_reason" not in run.data.tags
+    names = [artifact.path for artifact in mlflow.MlflowClient().list_artifacts(run.info.run_id)]
+    assert "adapter" not in names
+    step = int(last.rsplit("-", 1)[1])
+    assert step == max(point.step for point in history(run, "train_loss"))
+
+    registered = call_step("register", adapter_uri=last, dataset_uri=dataset_uri)
+    assert registered.info.status == "FINISHED"
+    assert mlflow.MlflowClient().get_model_version("text2sql", "1").tags["global_step"] == str(step)
+
+
+def history(run, metric):
+    return mlflow.MlflowClient().get_metric_history(run.info.run_id, metric)

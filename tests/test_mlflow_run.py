@@ -1,0 +1,166 @@
+"""The commands that users type, in processes of their own."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from tests.conftest import PROJECT, plain_rows, tracking_at, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+STEPS = ["prepare_data", "train", "register", "evaluate", "promote"]
+START_LIMIT_SECONDS = 120
+
+
+def environment(**changed):
+    """This environment with this Python's `mlflow` and `python` first on PATH, without MLflow's variables."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    kept.pop("OMP_NUM_THREADS", None)  # the embedded base is large enough for all cores
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | changed
+
+
+def mlflow_run(folder, *, uri=None, **parameters):
+    """`mlflow run` of main, typed in a folder."""
+    options = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
+    return subprocess.run(
+        ["mlflow", "run", str(PROJECT), "--env-manager", "local", *options],
+        cwd=folder,
+        env=environment(**({"MLFLOW_TRACKING_URI": uri} if uri else {})),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+
+
+def runs():
+    """The only run without a parent, and its children by start."""
+    found = mlflow.search_runs(output_format="list", order_by=["attributes.start_time"])
+    [parent] = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == len(found) - 1
+    return parent, children
+
+
+def test_main_on_the_embedded_base_with_the_default_store(tmp_path):
+    parameters = {"max_steps": 3, "batch_size": 2, "eval_rows": 4}
+    done = mlflow_run(tmp_path, base_model="smollm2-135m", dataset="sample", **parameters)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (tmp_path / "mlflow.db").is_file()
+    assert not (PROJECT / "mlflow.db").exists()
+
+    with tracking_at(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        parent, children = runs()
+        assert [run.info.run_name for run in children] == STEPS
+        assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 6
+        assert str(tmp_path) in children[0].info.artifact_uri
+        champion = mlflow.MlflowClient().get_model_version_by_alias("text2sql", "champion")
+        assert int(champion.version) == 1
+        assert parent.data.metrics == children[3].data.metrics
+        assert {"execution_accuracy", "base_execution_accuracy"} <= set(parent.data.metrics)
+
+    screen = done.stdout[done.stdout.index("text2sql version 1 is champion") :]
+    for words in ("Scores on 4 test rows", "execution_accuracy", "models:/text2sql/1", "base_model"):
+        assert words in screen
+    for words in ("mlflow ui ", "mlflow models predict ", "mlflow models serve "):
+        assert words in screen
+
+    [command] = [line.strip() for line in done.stdout.splitlines() if " -e promote " in line]
+    again = subprocess.run(
+        shlex.split(command),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    with tracking_at(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        newest = mlflow.search_runs(output_format="list", max_results=1)[0]
+        assert newest.data.tags["mlflow.project.entryPoint"] == "promote"
+        assert newest.info.status == "FINISHED"
+        assert int(mlflow.MlflowClient().get_model_version_by_alias("text2sql", "champion").version) == 1
+
+
+@pytest.fixture
+def server(tmp_path):
+    """URL of an MLflow server of the test's own, which proxies artifacts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    store += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    log = tmp_path / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=output,
+            stderr=output,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{url}/health", process, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def wait_for(url, process, log):
+    """Wait until a URL answers, at most START_LIMIT_SECONDS."""
+    end = time.monotonic() + START_LIMIT_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    pytest.fail(f"{url} did not answer:\n{log.read_text()[-3000:]}")
+
+
+def test_main_against_a_tracking_server(server, tiny_base, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(200))
+    parameters = {"max_steps": 3, "batch_size": 2, "eval_rows": 4, "lora_r": 4}
+    done = mlflow_run(tmp_path, uri=server, base_model=tiny_base, dataset=rows, **parameters)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not (tmp_path / "mlflow.db").exists()
+    with tracking_at(server):
+        parent, children = runs()
+        assert [run.info.run_name for run in children] == STEPS
+        assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 6
+        for run, path in ((children[0], "dataset/manifest.json"), (children[1], "adapter/manifest.json")):
+            assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+            assert str(tiny_base) in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{path}")
+        package = Path(mlflow.artifacts.download_artifacts("models:/text2sql@challenger"))
+        assert (package / "artifacts" / "adapter" / "adapter_model.safetensors").is_file()
+        # Rows of a file have no database to run a query on.
+        assert "execution_accuracy" not in children[3].data.metrics
+        assert children[4].data.tags["promoted"] == "no"
+        assert "champion" not in mlflow.MlflowClient().get_registered_model("text2sql").aliases
+    reason = "execution_accuracy is missing"
+    assert reason in done.stdout[done.stdout.index("text2sql version 1 is not champion") :]
+
+
+def test_a_mistyped_parameter_ends_main_before_its_first_step(tmp_path):
+    done = mlflow_run(tmp_path, max_step=7)
+    assert done.returncode == 1
+    printed = done.stdout + done.stderr
+    assert "max_step=7: no such parameter; did you mean max_steps?" in printed
+    assert "Traceback" not in printed
+    with tracking_at(f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        parent, children = runs()
+        assert (parent.info.status, children) == ("FAILED", [])
+        assert "max_step=7" in parent.data.tags["failure_reason"]

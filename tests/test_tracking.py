@@ -1,0 +1,418 @@
+"""How runs end, what is logged, and artifact URIs."""
+
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import mlflow
+import pytest
+from mlflow.entities import Run
+from pydantic import Field
+
+from steps.text2sql import tracking
+from steps.text2sql.errors import UserError
+from steps.text2sql.tracking import downloaded, log_settings, model_version, run_in_run
+
+
+@dataclass(frozen=True)
+class OneNumber:
+    """Parameters of a step for these tests."""
+
+    number: Annotated[int, Field(ge=1)]
+
+
+class OwnError(Exception):
+    """An error of a library that a step counts as the user's."""
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Put back the handler that a step installs."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which temporary folders are made."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def ends_with(error: BaseException) -> Callable[[], None]:
+    """A body that ends like this."""
+
+    def body() -> None:
+        raise error
+
+    return body
+
+
+def last_run() -> Run:
+    """The only run of the store, which must have ended."""
+    (run,) = mlflow.search_runs(output_format="list", search_all_experiments=True)
+    assert mlflow.active_run() is None
+    assert run.info.status != "RUNNING"
+    assert run.info.end_time is not None
+    return run
+
+
+def exit_text(body: Callable[[], None], **kwargs: object) -> str:
+    """What Python prints when this body ends the process; text means exit status 1 and no traceback."""
+    with pytest.raises(SystemExit) as caught:
+        run_in_run(body, **kwargs)
+    assert isinstance(caught.value.code, str)
+    return caught.value.code
+
+
+@pytest.fixture
+def run_with_files(store: str) -> str:
+    """Id of a run with the artifacts `dataset/manifest.json` and `notes.txt`."""
+    with mlflow.start_run() as run:
+        mlflow.log_text("{}", "dataset/manifest.json")
+        mlflow.log_text("hello", "notes.txt")
+    return run.info.run_id
+
+
+# --- ends
+
+
+@pytest.mark.usefixtures("store")
+def test_a_step_that_returns_is_finished():
+    run_in_run(lambda: mlflow.log_metric("a", 1))
+    assert last_run().info.status == "FINISHED"
+    assert last_run().data.metrics == {"a": 1}
+
+
+@pytest.mark.usefixtures("store")
+def test_a_step_gets_the_parameters_of_the_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step", "--number", "7"])
+    got = []
+    tracking.run_step(OneNumber, got.append)
+    assert got == [OneNumber(7)]
+
+
+@pytest.mark.usefixtures("store")
+def test_a_bad_command_line_is_a_failed_run_with_the_reason(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step", "--number", "0"])
+    with pytest.raises(SystemExit, match="Error: number=0: must be greater than or equal to 1"):
+        tracking.run_step(OneNumber, lambda _: pytest.fail("the step was called"))
+    assert last_run().info.status == "FAILED"
+    assert last_run().data.tags["failure_reason"].startswith("number=0")
+
+
+@pytest.mark.usefixtures("store")
+def test_a_users_error_is_its_message_alone_and_a_failed_run():
+    assert exit_text(ends_with(UserError("lora_r=0: too small"))) == "\nError: lora_r=0: too small"
+    assert last_run().info.status == "FAILED"
+    assert last_run().data.tags["failure_reason"] == "lora_r=0: too small"
+
+
+@pytest.mark.usefixtures("store")
+def test_an_error_that_the_step_names_is_a_users_error():
+    assert exit_text(ends_with(OwnError("no wheel")), user_errors=(OwnError,)) == "\nError: no wheel"
+    assert last_run().data.tags["failure_reason"] == "no wheel"
+
+
+@pytest.mark.usefixtures("store")
+def test_another_error_keeps_its_traceback_and_fails_the_run():
+    with pytest.raises(OwnError, match="^a bug$"):
+        run_in_run(ends_with(OwnError("a bug")))
+    assert last_run().info.status == "FAILED"
+    assert last_run().data.tags["failure_reason"] == "OwnError: a bug"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_step_that_exits_is_a_failed_run_with_its_own_status():
+    with pytest.raises(SystemExit) as caught:
+        run_in_run(ends_with(SystemExit(3)))
+    assert caught.value.code == 3
+    assert last_run().info.status == "FAILED"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_long_reason_is_kept_as_far_as_a_tag_goes():
+    message = "x" * 20_000
+    assert exit_text(ends_with(UserError(message))) == f"\nError: {message}"
+    assert last_run().data.tags["failure_reason"] == "x" * 5000
+
+
+@pytest.mark.usefixtures("store")
+def test_ctrl_c_kills_the_run():
+    assert exit_text(ends_with(KeyboardInterrupt())) == "\nStopped by SIGINT."
+    assert last_run().info.status == "KILLED"
+    assert last_run().data.tags["stopped_by"] == "SIGINT"
+
+
+@pytest.mark.usefixtures("store")
+def test_sigterm_kills_the_run():
+    assert exit_text(lambda: os.kill(os.getpid(), signal.SIGTERM)) == "\nStopped by SIGTERM."
+    assert last_run().info.status == "KILLED"
+    assert last_run().data.tags["stopped_by"] == "SIGTERM"
+    assert "failure_reason" not in last_run().data.tags
+
+
+@pytest.mark.usefixtures("store")
+def test_a_step_that_stopped_itself_after_a_signal_is_killed():
+    assert exit_text(ends_with(tracking.Interrupted("SIGINT"))) == "\nStopped by SIGINT."
+    assert last_run().info.status == "KILLED"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_run_ends_even_if_its_reason_cannot_be_kept(monkeypatch):
+    monkeypatch.setattr(mlflow, "set_tag", lambda *_: (_ for _ in ()).throw(OSError("store is full")))
+    with pytest.raises(OSError, match="store is full"):
+        run_in_run(ends_with(UserError("no")))
+    assert last_run().info.status == "FAILED"
+
+
+def test_a_run_that_mlflow_opened_is_taken_up_and_not_a_second_one(store, monkeypatch):
+    given = mlflow.MlflowClient().create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    run_in_run(lambda: None)
+    assert last_run().info.run_id == given
+    assert last_run().info.status == "FINISHED"
+
+
+# --- settings
+
+
+@pytest.mark.usefixtures("store")
+def test_more_than_a_hundred_settings_arrive():
+    with mlflow.start_run() as run:
+        log_settings("trainer", {f"setting_{i}": i for i in range(250)})
+    params = mlflow.get_run(run.info.run_id).data.params
+    assert params == {f"trainer/setting_{i}": str(i) for i in range(250)}
+
+
+@pytest.mark.usefixtures("store")
+def test_a_setting_that_mlflow_drops_is_an_error_that_names_it(monkeypatch):
+    log_params = mlflow.log_params
+    monkeypatch.setattr(
+        mlflow, "log_params", lambda sent: log_params({n: v for n, v in sent.items() if n != "lora/r"})
+    )
+    with mlflow.start_run(), pytest.raises(RuntimeError, match="did not keep these parameters: lora/r$"):
+        log_settings("lora", {"r": 32, "alpha": 64})
+
+
+@pytest.mark.usefixtures("store")
+def test_a_setting_that_mlflow_changes_is_an_error_that_names_it(monkeypatch):
+    log_params = mlflow.log_params
+    monkeypatch.setattr(mlflow, "log_params", lambda sent: log_params({n: v[:3] for n, v in sent.items()}))
+    with (
+        mlflow.start_run(),
+        pytest.raises(RuntimeError, match="did not keep these parameters: lora/modules$"),
+    ):
+        log_settings("lora", {"modules": "q_proj", "r": 32})
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("value", [None, True, "", 2e-4, {"a": [1]}, "é\n"])
+def test_a_setting_of_any_kind_arrives_as_its_text(value):
+    with mlflow.start_run() as run:
+        log_settings("trainer", {"setting": value})
+    assert mlflow.get_run(run.info.run_id).data.params == {"trainer/setting": str(value)}
+
+
+@pytest.mark.usefixtures("store")
+def test_choices_are_shown_and_can_be_read_back(capsys):
+    with mlflow.start_run() as run:
+        mlflow.log_param("other", 1)
+        tracking.log_choices(device="CPU, 2 cores", base_model="/b (as given)")
+    assert capsys.readouterr().out == "\n  device      CPU, 2 cores\n  base_model  /b (as given)\n\n"
+    found = tracking.choices(mlflow.get_run(run.info.run_id))
+    assert found == {"device": "CPU, 2 cores", "base_model": "/b (as given)"}
+
+
+# --- artifacts
+
+
+def refusal(uri: str, needs: str = "manifest.json") -> str:
+    """The message with which an artifact is refused."""
+    with pytest.raises(UserError) as caught, downloaded(uri, parameter="dataset_uri", needs=needs):
+        pytest.fail("the block was entered")
+    message = str(caught.value)
+    assert message.startswith(f"dataset_uri={uri}: ")
+    return message
+
+
+def test_an_artifact_folder_is_there_inside_the_block_and_gone_after_it(run_with_files, scratch):
+    uri = f"runs:/{run_with_files}/dataset"
+    with downloaded(uri, parameter="dataset_uri", needs="manifest.json") as folder:
+        assert (folder / "manifest.json").read_text() == "{}"
+        assert folder.is_relative_to(scratch)
+    assert list(scratch.iterdir()) == []
+
+
+def test_an_error_inside_the_block_stays_what_it_is_and_nothing_is_left(run_with_files, scratch):
+    uri = f"runs:/{run_with_files}/dataset"
+    with (
+        pytest.raises(OSError, match="^disk$"),
+        downloaded(uri, parameter="dataset_uri", needs="manifest.json"),
+    ):
+        raise OSError("disk")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("name", ["data", "my data", "50%", "Käse"])
+def test_a_folder_of_the_users_is_copied_and_stays(name, tmp_path, scratch):
+    source = tmp_path / name
+    source.mkdir()
+    (source / "manifest.json").write_text("{}")
+    with downloaded(str(source), parameter="dataset_uri", needs="manifest.json") as folder:
+        (folder / "manifest.json").unlink()
+    assert (source / "manifest.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("store")
+def test_an_unknown_run_is_named(scratch):
+    assert "a" * 32 in refusal(f"runs:/{'a' * 32}/dataset")
+    assert list(scratch.iterdir()) == []
+
+
+def test_an_unknown_artifact_is_refused_with_those_of_the_run(run_with_files, scratch):
+    message = refusal(f"runs:/{run_with_files}/datasett")
+    assert message.endswith(f"Run {run_with_files} has: dataset, notes.txt.")
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_folder_without_the_needed_file_is_refused_with_what_the_run_has(run_with_files, scratch):
+    message = refusal(f"runs:/{run_with_files}/dataset", needs="adapter_model.safetensors")
+    assert "has no adapter_model.safetensors" in message
+    assert message.endswith(f"Run {run_with_files} has: dataset, notes.txt.")
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(run_with_files):
+    assert "has no manifest.json" in refusal(f"runs:/{run_with_files}/notes.txt")
+
+
+@pytest.mark.usefixtures("store")
+def test_a_run_without_artifacts_is_said_to_have_none():
+    with mlflow.start_run() as run:
+        pass
+    assert refusal(f"runs:/{run.info.run_id}/dataset").endswith(f"Run {run.info.run_id} has: no artifacts.")
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/nowhere/at/all",
+        "runs:/",
+        "runs:/short",
+        "nosuch:/x",
+        "s3://bucket/x",
+        "models:/none/1",
+        "file:///nowhere",
+    ],
+)
+def test_a_uri_that_leads_nowhere_is_the_users_error(uri, scratch):
+    refusal(uri)
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.usefixtures("store")
+def test_a_logged_folder_becomes_an_artifact_of_the_run(scratch):
+    with mlflow.start_run() as run, tracking.logged_folder("adapter") as folder:
+        (folder / "a.json").write_text("{}")
+    assert [f.path for f in mlflow.MlflowClient().list_artifacts(run.info.run_id, "adapter")] == [
+        "adapter/a.json"
+    ]
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.usefixtures("store")
+def test_a_folder_that_was_not_completed_is_not_logged(scratch):
+    with mlflow.start_run() as run, pytest.raises(OwnError):
+        fail_while_writing()
+    assert mlflow.MlflowClient().list_artifacts(run.info.run_id) == []
+    assert list(scratch.iterdir()) == []
+
+
+def fail_while_writing() -> None:
+    """Write one file of an artifact folder and fail."""
+    with tracking.logged_folder("adapter") as folder:
+        (folder / "a.json").write_text("{}")
+        raise OwnError
+
+
+# --- versions
+
+
+@pytest.fixture
+def three_versions(store: str) -> None:
+    """Model `text2sql` with versions 1 to 3, and `other` with one."""
+    client = mlflow.MlflowClient()
+    for name, count in {"text2sql": 3, "other": 1}.items():
+        client.create_registered_model(name)
+        for _ in range(count):
+            client.create_model_version(name, source="/nowhere")
+
+
+@pytest.mark.usefixtures("three_versions")
+@pytest.mark.parametrize("version", [2, "2"])
+def test_a_version_is_found_by_its_number(version):
+    assert str(model_version("text2sql", version).version) == "2"
+
+
+@pytest.mark.usefixtures("three_versions")
+def test_an_unknown_version_is_refused_with_those_that_exist():
+    with pytest.raises(UserError, match=r"text2sql: has no version 9; there are: 1, 2, 3\.$"):
+        model_version("text2sql", 9)
+
+
+@pytest.mark.usefixtures("store")
+def test_versions_are_listed_in_the_order_of_their_numbers():
+    mlflow.MlflowClient().create_registered_model("text2sql")
+    for _ in range(11):
+        mlflow.MlflowClient().create_model_version("text2sql", source="/nowhere")
+    with pytest.raises(UserError, match=r"there are: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11\.$"):
+        model_version("text2sql", 99)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("name", ["nobody", "it's", 'say "x"'])
+def test_a_version_of_an_unknown_model_is_the_users_error(name):
+    with pytest.raises(UserError, match="has no version 1; there are: none"):
+        model_version(name, 1)
+
+
+# --- where the project came from
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    "source",
+    ["https://host/me/project", "ssh://git@host/project", "git@host:me/project", "https://host/p#sub"],
+)
+def test_a_project_from_git_is_run_again_by_its_url_and_commit(source):
+    tags = {"mlflow.source.name": source, "mlflow.source.git.commit": "c" * 40}
+    with mlflow.start_run(tags=tags):
+        assert tracking.project_uri() == source
+        assert tracking.project_version() == ["-v", "c" * 40]
+
+
+@pytest.mark.usefixtures("store")
+def test_a_project_in_a_folder_is_run_again_from_there_without_a_commit():
+    tags = {"mlflow.source.name": "file:///elsewhere", "mlflow.source.git.commit": "c" * 40}
+    with mlflow.start_run(tags=tags):
+        assert tracking.project_uri() == str(Path(tracking.__file__).parents[2])
+        assert tracking.project_version() == []
+
+
+@pytest.mark.usefixtures("store")
+def test_the_run_id_is_kept_from_a_fresh_process(monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
+    monkeypatch.setenv("OTHER", "kept")
+    environment = tracking.clear_run_id()
+    assert "MLFLOW_RUN_ID" not in environment
+    assert environment["OTHER"] == "kept"

@@ -1,0 +1,350 @@
+"""Training: rules behind `auto`, the Trainer's loss and gradients, reports, checkpoints."""
+
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from transformers import TrainerCallback, TrainerControl
+
+from steps.text2sql import adapter, sql_model, training
+
+
+@pytest.fixture
+def tokenizer(tiny_base):
+    return sql_model.load_base_tokenizer(str(tiny_base))
+
+
+@pytest.fixture
+def model(tiny_base):
+    """Tiny base in fp32 with a new adapter."""
+    torch.manual_seed(0)
+    lora = adapter.lora_config(r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    return adapter.attach(sql_model.load_base(str(tiny_base), "none"), lora)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Makes settings for short trainings."""
+
+    def make(steps, batch_size, **named):
+        named = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "optim": "adamw_torch"} | named
+        named |= {"logging_steps": 1, "seed": 1, "disable_tqdm": True}
+        return training.arguments(tmp_path, steps=steps, batch_size=batch_size, recompute=False, **named)
+
+    return make
+
+
+def rows(tokenizer, count, *, longest=24):
+    """Tokenized rows whose prompts and answers have many lengths."""
+    found = []
+    for i in range(count):
+        prompt = tokenizer("How many farms? " * (i % 4 + 1))["input_ids"]
+        answer = [100 + i, *range(200, 200 + i * 5 % longest), tokenizer.eos_token_id]
+        found.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return datasets.Dataset.from_list(found)
+
+
+def splits(tokenizer, train_rows, validation_rows=1):
+    return datasets.DatasetDict(
+        {"train": rows(tokenizer, train_rows), "validation": rows(tokenizer, validation_rows)}
+    )
+
+
+class Probe(TrainerCallback):
+    """Notes losses, gradients and evaluations, and does something at a step or an evaluation."""
+
+    def __init__(self, *, at_step=lambda step: None, at_evaluation=lambda step: None):
+        self.at_step, self.at_evaluation = at_step, at_evaluation
+        self.losses, self.evaluations, self.evaluated_rows, self.gradients = [], [], set(), {}
+
+    def on_pre_optimizer_step(self, args, state, control, *, model, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.at_step(state.global_step)
+
+    def on_log(self, args, state, control, *, logs, **kwargs):
+        self.losses += [logs["loss"]] if "loss" in logs else []
+
+    def on_prediction_step(self, args, state, control, *, eval_dataloader, **kwargs):
+        self.evaluated_rows.add(len(eval_dataloader.dataset))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluations.append(state.global_step)
+        self.at_evaluation(state.global_step)
+
+
+def run(model, tokenizer, data, settings, *callbacks):
+    """Train; a probe of it comes back."""
+    probe = Probe()
+    training.train(model, tokenizer, data, settings=settings, callbacks=[probe, *callbacks])
+    return probe
+
+
+def interrupt(at):
+    """Send this process SIGTERM at one step."""
+    return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == at else None
+
+
+# Rules
+
+
+def test_learning_rate_goes_through_its_two_points():
+    assert training.learning_rate(7_000_000_000) == pytest.approx(2e-4)
+    assert training.learning_rate(135_000_000) == pytest.approx(1e-3)
+
+
+def test_learning_rate_halves_between_them_by_a_power_law():
+    # Halfway in log size is halfway in log rate: the geometric means.
+    assert training.learning_rate(round(math.sqrt(7e9 * 1.35e8))) == pytest.approx(math.sqrt(2e-4 * 1e-3))
+
+
+def test_learning_rate_never_grows_with_the_base_nor_exceeds_1e_3():
+    rates = [training.learning_rate(10**n) for n in range(3, 13)]
+    assert rates == sorted(rates, reverse=True)
+    assert max(rates) == 1e-3
+    assert min(rates) > 0
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "accumulated"), [(1, 1, 1), (8, 8, 1), (12, 6, 2), (13, 1, 13), (64, 8, 8)]
+)
+def test_micro_batches_multiply_to_the_batch_size(batch_size, micro, accumulated):
+    assert training.batch_shape(batch_size) == {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulated,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_steps", "epochs", "steps"),
+    [(100, 7, 3.0, 7), (100, -1, 1.0, 13), (100, -1, 2.5, 33), (1, -1, 0.1, 1)],
+)
+def test_max_steps_counts_and_epochs_where_it_is_minus_1(rows, max_steps, epochs, steps):
+    assert (
+        training.total_steps(rows=rows, batch_size=8, max_steps=max_steps, num_train_epochs=epochs) == steps
+    )
+
+
+def test_optimizer_states_are_paged_in_8_bits_on_cuda_only():
+    assert training.optimizer("cuda") == "paged_adamw_8bit"
+    assert training.optimizer("cpu") == "adamw_torch"
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "gib", "recomputed"),
+    [
+        ("cuda", 7_000_000_000, 24, True),
+        ("cuda", 7_000_000_000, 80, False),
+        ("cuda", 135_000_000, 8, False),
+        ("cpu", 7_000_000_000, 0, False),
+    ],
+)
+def test_activations_are_recomputed_for_a_large_base_on_a_small_gpu(device, parameters, gib, recomputed):
+    assert training.recompute_activations(device, parameters, gib * 2**30) is recomputed
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 100, 500])
+def test_validation_happens_one_to_three_times(settings, steps):
+    # The Trainer validates every eval_steps, and after the last step.
+    assert 1 <= math.ceil(steps / settings(steps, 8).eval_steps) <= 3
+
+
+# Loss and gradients
+
+
+def test_loss_is_the_mean_over_answer_tokens_and_eos(model, tokenizer, settings):
+    data = splits(tokenizer, 8)
+    losses, count = 0.0, 0
+    with torch.no_grad():
+        for row in data["train"]:
+            ids = torch.tensor([row["input_ids"]])
+            start = row["labels"].count(-100)
+            # The logits at a position foretell the next token.
+            logits = model(input_ids=ids).logits[0, start - 1 : -1]
+            losses += torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum").item()
+            count += len(row["input_ids"]) - start
+    probe = run(model, tokenizer, data, settings(1, 8))
+    assert probe.losses[0] == pytest.approx(losses / count, rel=1e-5)
+
+
+def test_eight_rows_at_once_have_the_gradients_of_eight_accumulated_rows(
+    model, tokenizer, settings, monkeypatch
+):
+    data, start = splits(tokenizer, 8), {n: p.detach().clone() for n, p in model.named_parameters()}
+    together = run(model, tokenizer, data, settings(1, 8))
+    model.load_state_dict(start)
+    monkeypatch.setattr(training, "MICRO_BATCH_ROWS", 1)
+    one_by_one = run(model, tokenizer, data, settings(1, 8))
+    a, b = (torch.cat([g.flatten() for g in p.gradients.values()]) for p in (together, one_by_one))
+    assert a.norm() > 0
+    assert (a - b).norm() / a.norm() < 1e-5
+    assert one_by_one.losses[0] == pytest.approx(together.losses[0], rel=1e-5)
+
+
+def test_the_adapter_moves_and_the_base_does_not(model, tokenizer, settings):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run(model, tokenizer, splits(tokenizer, 8), settings(2, 4))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".lora_" in name}
+
+
+def test_loss_falls_on_a_few_rows(model, tokenizer, settings):
+    probe = run(model, tokenizer, splits(tokenizer, 4), settings(30, 4, learning_rate=2e-2))
+    assert probe.losses[-1] < probe.losses[0] - 0.5
+
+
+def test_the_mean_loss_comes_back(model, tokenizer, settings):
+    probe = Probe()
+    mean = training.train(model, tokenizer, splits(tokenizer, 8), settings=settings(3, 4), callbacks=[probe])
+    assert mean == pytest.approx(sum(probe.losses) / 3, rel=1e-4)
+
+
+def test_validation_takes_at_most_64_rows_at_most_3_times(model, tokenizer, settings):
+    probe = run(model, tokenizer, splits(tokenizer, 8, 100), settings(7, 2))
+    assert probe.evaluations == [3, 6, 7]
+    assert probe.evaluated_rows == {64}
+
+
+def test_training_without_validation_rows_reports_no_validation_loss(model, tokenizer, settings):
+    data = splits(tokenizer, 8)
+    data["validation"] = data["validation"].select([])
+    probe = run(model, tokenizer, data, settings(1, 8))
+    assert (len(probe.losses), probe.evaluations) == (1, [])
+
+
+# Reports
+
+
+@pytest.fixture
+def reporter(monkeypatch):
+    """A reporter of a training with 4 rows a step, what it logged, its clock and the Trainer's state."""
+    clock, state, logged = (
+        SimpleNamespace(now=100.0),
+        SimpleNamespace(global_step=0, num_input_tokens_seen=0),
+        [],
+    )
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    found = training.Reporter(lambda metrics, step: logged.append((step, metrics)), batch_size=4)
+    found.on_train_begin(None, state, None)
+
+    def log(*, at, step, tokens, **logs):
+        clock.now, state.global_step, state.num_input_tokens_seen = at, step, tokens
+        found.on_log(None, state, None, logs=logs)
+
+    return SimpleNamespace(reporter=found, log=log, logged=logged)
+
+
+def test_a_report_has_the_projects_names(reporter):
+    reporter.log(at=101, step=1, tokens=9, loss=2.0, learning_rate=1e-3, grad_norm=0.5, epoch=0.1)
+    [(step, metrics)] = reporter.logged
+    assert step == 1
+    assert metrics.pop("peak_memory_gib") > 0
+    assert metrics == {
+        "train_loss": 2.0,
+        "learning_rate": 1e-3,
+        "grad_norm": 0.5,
+        "samples_per_second": 4.0,
+        "tokens_per_second": 9.0,
+    }
+
+
+def test_speeds_are_those_since_the_last_report(reporter):
+    reporter.log(at=110, step=2, tokens=500, loss=2.0)
+    reporter.log(at=112, step=5, tokens=600, loss=1.0)
+    speeds = [(m["samples_per_second"], m["tokens_per_second"]) for _, m in reporter.logged]
+    assert speeds == [(2 * 4 / 10, 500 / 10), (3 * 4 / 2, 100 / 2)]
+
+
+def test_a_validation_loss_is_reported_alone(reporter):
+    reporter.log(at=110, step=2, tokens=500, eval_loss=3.0, eval_runtime=1.0)
+    assert reporter.logged == [(2, {"eval_loss": 3.0})]
+
+
+def test_the_trainers_own_summary_is_no_point_of_the_curve(reporter):
+    reporter.log(at=110, step=2, tokens=500, train_loss=3.0, train_runtime=1.0)
+    assert reporter.logged == []
+
+
+def test_points_of_both_curves_are_kept(reporter):
+    reporter.log(at=110, step=2, tokens=500, loss=2.0)
+    reporter.log(at=111, step=2, tokens=500, eval_loss=3.0)
+    assert (reporter.reporter.train_loss, reporter.reporter.eval_loss) == ([(2, 2.0)], [(2, 3.0)])
+
+
+def test_tokens_are_counted_without_padding(model, tokenizer, settings):
+    logged = []
+    reporter = training.Reporter(lambda metrics, step: logged.append(metrics), batch_size=8)
+    data = splits(tokenizer, 8)
+    run(model, tokenizer, data, settings(1, 8), reporter)
+    tokens = sum(map(len, data["train"]["input_ids"]))
+    assert logged[0]["tokens_per_second"] / logged[0]["samples_per_second"] == pytest.approx(tokens / 8)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_saved_at_each_save_steps_but_the_last():
+    saved = []
+    checkpoints = training.Checkpoints(saved.append, save_steps=2)
+    for step in range(1, 7):
+        checkpoints.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), TrainerControl())
+    assert saved == [2, 4]
+
+
+def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(model, tokenizer, settings):
+    saved = []
+    checkpoints = training.Checkpoints(saved.append, save_steps=100)
+    with checkpoints.listening():
+        probe = Probe(at_step=interrupt(2))
+        training.train(
+            model, tokenizer, splits(tokenizer, 8), settings=settings(5, 4), callbacks=[probe, checkpoints]
+        )
+    assert saved == [2]
+    assert len(probe.losses) == 2
+    assert checkpoints.stopped_by == "SIGTERM"
+
+
+def test_a_signal_while_validating_ends_the_training_with_a_checkpoint(model, tokenizer, settings):
+    saved = []
+    checkpoints = training.Checkpoints(saved.append, save_steps=100)
+    with checkpoints.listening():
+        probe = Probe(at_evaluation=interrupt(2))
+        training.train(
+            model, tokenizer, splits(tokenizer, 8), settings=settings(6, 4), callbacks=[probe, checkpoints]
+        )
+    assert len(saved) == 1
+    assert saved[0] in (2, 3)
+
+
+def test_a_signal_after_the_last_step_does_not_lose_the_adapter(model, tokenizer, settings):
+    saved = []
+    checkpoints = training.Checkpoints(saved.append, save_steps=100)
+    with checkpoints.listening():
+        probe = Probe(at_evaluation=interrupt(3))
+        training.train(
+            model, tokenizer, splits(tokenizer, 8), settings=settings(3, 4), callbacks=[probe, checkpoints]
+        )
+    # The step raises Interrupted and logs no adapter where `stopped_by` is set.
+    assert saved == [3] or not checkpoints.stopped_by
+
+
+def test_the_second_signal_stops_at_once():
+    checkpoints = training.Checkpoints(lambda step: None, save_steps=100)
+    with checkpoints.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert checkpoints.stopped_by == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_go_back_to_who_had_them():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    checkpoints = training.Checkpoints(lambda step: None, save_steps=100)
+    with checkpoints.listening():
+        assert signal.getsignal(signal.SIGINT) == checkpoints._stop
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
