@@ -168,7 +168,7 @@ def test_text_that_is_no_sound_query_is_a_query_error(database, query):
         run(database, query)
 
 
-# DEFECT: both return [], so they equal every gold query that finds no rows.
+# DEFECT: each returns [], so it equals every gold query that finds no rows.
 @pytest.mark.parametrize("query", ["", " \n", "-- only a comment"])
 def test_text_without_a_statement_is_a_query_error(database, query):
     with pytest.raises(QueryError):

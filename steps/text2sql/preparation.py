@@ -42,7 +42,7 @@ def prepare(
         rejected.append(_rejected(rows, pandas.concat([reasons, too_long]), name))
         if name != "validation" and not len(kept[name]):
             raise UserError(f"dataset: no sound row is left for {name}: {_most_common(rejected[-1])}.")
-    lengths = pandas.Series([len(ids) for ids in kept["train"].with_format("numpy")["input_ids"]])
+    lengths = tokenization.lengths(kept["train"])
     kept["test"] = kept["test"].remove_columns(TOKENS)
     return Prepared(datasets.DatasetDict(kept), pandas.concat(rejected), lengths)
 

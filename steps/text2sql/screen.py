@@ -4,8 +4,6 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 
-import mlflow
-
 from steps.text2sql import scoring, tracking
 
 EXAMPLE = {
@@ -36,6 +34,9 @@ def closing(
     champion = f"is {'' if alias == tracking.CHAMPION else 'not '}champion: {gate}"
     uri = shlex.quote(f"models:/{name}@{alias}")
     manager = tracking.env_manager()
+    store, page = tracking.run_page()
+    ui = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
+    look = page if store.startswith("http") else f"{ui}, then {page}"
     lines = [
         "",
         f"{name} version {version} {champion}",
@@ -46,18 +47,10 @@ def closing(
         scoring.comparison(metrics, base_prefix="base_"),
         "",
         f"  model       models:/{name}/{version} (also models:/{name}@{alias})",
-        f"  look        {_look()}",
+        f"  look        {look}",
         f"  ask         echo {shlex.quote(json.dumps({'inputs': EXAMPLE}))} | \\\n"
         f"              mlflow models predict -m {uri} --env-manager {manager} -t json",
         f"  serve       mlflow models serve -m {uri} --env-manager {manager} --port 5001",
         "",
     ]
     return "\n".join(lines)
-
-
-def _look() -> str:
-    uri = mlflow.get_tracking_uri()
-    run = f"#/experiments/{mlflow.active_run().info.experiment_id}/runs/{tracking.run_id()}"
-    if uri.startswith("http"):
-        return f"{uri.rstrip('/')}/{run}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}, then http://127.0.0.1:5000/{run}"

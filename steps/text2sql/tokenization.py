@@ -49,14 +49,20 @@ def tokenize(
         # datasets hashes the function and its arguments otherwise, the whole tokenizer among them.
         new_fingerprint=hashlib.sha256(f"{len(rows)} {template}".encode()).hexdigest()[:16],
     )
-    lengths = encoded.data.column("input_ids").combine_chunks().value_lengths().to_pandas()
-    fits = (lengths <= max_length).to_numpy()
+    tokens = lengths(encoded)
+    fits = (tokens <= max_length).to_numpy()
     too_long = pandas.Series(
-        [f"{n} tokens, more than max_length={max_length}" for n in lengths[~fits]],
+        [f"{n} tokens, more than max_length={max_length}" for n in tokens[~fits]],
         index=rows.index[~fits],
         dtype=object,
     )
     return encoded.select(fits.nonzero()[0]).remove_columns("row"), too_long
+
+
+def lengths(encoded: datasets.Dataset) -> pandas.Series:
+    """Tokens of prompt, answer and EOS of each row, `(rows,)`."""
+    column = encoded.with_format("arrow")[:].column("input_ids")
+    return column.combine_chunks().value_lengths().to_pandas()
 
 
 def encode_batch(
@@ -69,10 +75,11 @@ def encode_batch(
     ]
     texts = [prompt + answer for prompt, answer in zip(prompts, batch["answer"], strict=True)]
     encoded = tokenizer(texts, split_special_tokens=True, return_attention_mask=False, verbose=False)
+    eos = tokenizer.eos_token_id
     input_ids, labels = [], []
     for i, ids in enumerate(encoded["input_ids"]):
         answer_start = encoded.char_to_token(i, len(prompts[i]))
-        ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        ids = ids if ids[-1] == eos else [*ids, eos]
         input_ids.append(ids)
         labels.append([IGNORED] * answer_start + ids[answer_start:])
     return {"input_ids": input_ids, "labels": labels}

@@ -196,6 +196,13 @@ def choices(run: Run) -> dict[str, str]:
     }
 
 
+def run_page() -> tuple[str, str]:
+    """The tracking URI, and the address of this run in its user interface, of `mlflow ui` for a local store."""
+    store = mlflow.get_tracking_uri()
+    host = store.rstrip("/") if store.startswith("http") else "http://127.0.0.1:5000"
+    return store, f"{host}/#/experiments/{mlflow.active_run().info.experiment_id}/runs/{run_id()}"
+
+
 def env_manager() -> str:
     """Environment manager that `mlflow run` was given for this run."""
     return _tags().get(MLFLOW_PROJECT_ENV, "local")
