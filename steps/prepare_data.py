@@ -66,7 +66,7 @@ def save(prepared: preparation.Prepared, described: DatasetManifest) -> None:
         test = preparation.write_databases(prepared.splits["test"], folder, seed=described.seed)
         datasets.DatasetDict({**prepared.splits, "test": test}).save_to_disk(folder)
         manifest.write(described, folder)
-    lines = prepared.rejected.to_json(orient="records", lines=True, force_ascii=False)
+    lines = prepared.rejected.to_json(orient="records", lines=True, force_ascii=True)
     mlflow.log_text(lines, tracking.REJECTED)
 
 

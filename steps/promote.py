@@ -36,7 +36,7 @@ def judge(params: PromoteParams, champion: ModelVersion | None) -> Decision:
     )
     if champion is None:
         return decide(candidate, None, floor=params.min_execution_accuracy)
-    if champion.version == str(params.version):
+    if str(champion.version) == str(params.version):
         return Decision(True, "is the champion already")
     scored = champion.tags.get(tracking.TAG_EVALUATION_RUN)
     if not scored:

@@ -13,9 +13,9 @@ from steps.text2sql.sql_model import BaseModelError
 def main(params: RegisterParams) -> None:
     """Log the package, try it in a fresh process, register it."""
     with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
-        of_dataset = manifest.read(DatasetManifest, folder)
+        of_dataset = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
     with tracking.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
-        described = manifest.read(AdapterManifest, folder)
+        described = manifest.read(AdapterManifest, folder, source=f"adapter_uri={params.adapter_uri}")
         check_match(described, of_dataset, params)
         logged = packaging.log_model(folder, described, name=tracking.MODEL)
     answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
@@ -24,9 +24,9 @@ def main(params: RegisterParams) -> None:
 
 
 def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params: RegisterParams) -> None:
-    """Refuse an adapter that was trained on another dataset or with another tokenizer."""
+    """Refuse an adapter of another base, other rows, or the same rows split otherwise: test rows would leak."""
     trained_on = described.of_dataset
-    for name in ("dataset_digest", "tokenizer_fingerprint", "base_model"):
+    for name in vars(trained_on):
         if getattr(trained_on, name) != getattr(of_dataset, name):
             raise UserError(
                 f"adapter_uri={params.adapter_uri}: was trained with {name} {getattr(trained_on, name)}, but "

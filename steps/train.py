@@ -28,7 +28,7 @@ from steps.text2sql.tokenization import fingerprint
 def main(params: TrainParams) -> None:
     """Train, and log the adapter with all that repeats it."""
     with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
-        described = manifest.read(DatasetManifest, folder)
+        described = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
         data = datasets.load_from_disk(folder, keep_in_memory=True)
     base_model.check_memory(described.base_model, params.quantization)
     tokenizer = load_tokenizer(described, params.dataset_uri)
@@ -72,7 +72,7 @@ def load_model(params: TrainParams, described: DatasetManifest) -> PeftModel:
     )
     model = adapter.attach(load_base(described.base_model, params.quantization), lora)
     quantization = quantization_config(params.quantization, pick_device()[1])
-    tracking.log_settings("lora", lora.to_dict())
+    tracking.log_settings("lora", model.peft_config["default"].to_dict())
     tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     count = adapter.count_parameters(model)
     tracking.log_choices(

@@ -48,7 +48,10 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     if isinstance(config.target_modules, set):
         check_modules(model, config.target_modules)
     model.requires_grad_(False)
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    # peft keeps a set, whose order differs from process to process.
+    adapted.peft_config["default"].target_modules = sorted(adapted.peft_config["default"].target_modules)
+    return adapted
 
 
 def check_modules(model: PreTrainedModel, names: set[str]) -> None:
@@ -78,10 +81,15 @@ def count_parameters(model: PeftModel) -> ParameterCount:
 def save(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, described: AdapterManifest, folder: Path
 ) -> None:
-    """Write adapter (safetensors), tokenizer and manifest into a folder, and nothing of the base."""
+    """Write adapter (safetensors), tokenizer and manifest into a folder, and nothing of the base.
+
+    The tokenizer is written without the padding and truncation that it may have from training.
+    """
     # Otherwise a path of this machine; register and the served model read the manifest.
     model.peft_config["default"].base_model_name_or_path = described.of_dataset.base_model
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink()  # peft's card is an empty form
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
     manifest.write(described, folder)

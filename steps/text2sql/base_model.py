@@ -64,7 +64,8 @@ def resolve(base_model: str) -> BaseModel:
     weights = repository.size(".safetensors")
     if not weights:
         raise UserError(f"base_model={value}: has no .safetensors weights, and pickled ones are never read.")
-    return BaseModel(repository.reference, repository.commit, reason, hub.license_text(repository), weights)
+    text = hub.license_text(repository, parameter="base_model", instead=INSTEAD)
+    return BaseModel(repository.reference, repository.commit, reason, text, weights)
 
 
 def _auto() -> tuple[str, str]:
@@ -89,8 +90,8 @@ def _embedded(reason: str) -> BaseModel:
 def _directory(folder: Path, reason: str) -> BaseModel:
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"base_model={folder}: has no .safetensors weights, and pickled ones are never read.")
-    files = sorted(folder.glob("LICEN[CS]E*"))
-    text = files[0].read_text(encoding="utf-8") if files else f"not stated in {folder}\n"
+    files = [path for path in sorted(folder.glob("LICEN[CS]E*")) if path.is_file()]
+    text = files[0].read_text(encoding="utf-8", errors="replace") if files else f"not stated in {folder}\n"
     return BaseModel(str(folder), "", reason, text, 0)
 
 
@@ -98,10 +99,18 @@ def memory_needed(reference: str, quantization: str) -> int:
     """Bytes to train on a CPU: the weights as they are held, plus `WORKING_MEMORY_BYTES`.
 
     The output layer and the embeddings are never quantized; what is not quantized is fp32 on a CPU.
+
+    Raises:
+        UserError: the configuration is of no causal language model of transformers.
     """
-    config = AutoConfig.from_pretrained(**locate_base(reference))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.from_pretrained(**locate_base(reference))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"base_model={reference}: is no language model that can be loaded: {error}"
+        ) from error
     linear = sum(
         module.weight.numel()
         for module in model.modules()
@@ -121,8 +130,9 @@ def check_memory(reference: str, quantization: str) -> None:
         return
     needed, free = memory_needed(reference, quantization), psutil.virtual_memory().available
     if needed > free:
+        nf4 = "quantization=nf4 or " if quantization != "nf4" else ""
         raise UserError(
             f"base_model={reference}: needs about {needed / 2**30:.1f} GiB of memory on a CPU with "
             f"quantization={quantization}, and {free / 2**30:.1f} GiB are free. "
-            f"Train on a GPU, or give quantization=nf4 or base_model={EMBEDDED_BASE}."
+            f"Train on a GPU, or give {nf4}base_model={EMBEDDED_BASE}."
         )

@@ -2,10 +2,11 @@
 
 import csv
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import pandas
@@ -66,7 +67,7 @@ def read(source: DatasetSource, *, seed: int) -> pandas.DataFrame:
     missing = [name for name in COLUMNS if name not in rows.columns]
     problem = f"dataset={source.location}"
     if rows.empty:
-        raise UserError(f"{problem}: has no rows.")
+        raise UserError(f"{problem}: has no rows; it needs the columns {', '.join(COLUMNS)}.")
     if missing:
         found = ", ".join(map(str, rows.columns))
         raise UserError(f"{problem}: lacks the columns {', '.join(missing)}; found: {found}.")
@@ -82,40 +83,54 @@ def _read_file(path: Path) -> pandas.DataFrame:
     except OSError as error:
         raise UserError(f"dataset={path}: cannot be read: {error}") from error
     except ValueError as error:  # what pandas, pyarrow and json raise for a broken file
-        raise UserError(f"dataset={path}: is not valid {path.suffix[1:].upper()}: {error}") from error
+        raise UserError(
+            f"dataset={path}: is not valid {path.suffix[1:].upper()}, mend it: {error}"
+        ) from error
 
 
 def _read_jsonl(path: Path) -> pandas.DataFrame:
     rows, problems = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         try:
-            row = json.loads(line) if line.strip() else None
-            rows += [row] if isinstance(row, dict) else []
-            problems += (
-                [f"line {number}: not an object"] if row is not None and not isinstance(row, dict) else []
-            )
-        except (json.JSONDecodeError, RecursionError) as error:
+            if line.strip():
+                rows.append(_object(json.loads(line)))
+        except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: {error}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise UserError(f"dataset={path}: broken JSON at {'; '.join(problems[:5])}{more}.")
+        raise UserError(f"dataset={path}: broken JSON at {'; '.join(problems[:5])}{more}. Mend or remove it.")
     return pandas.DataFrame(rows)
 
 
 def _read_json(path: Path) -> pandas.DataFrame:
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(rows, list):
         raise ValueError("expected a list of objects")
-    return pandas.DataFrame(rows)
+    return pandas.DataFrame(map(_object, rows))
+
+
+def _object(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    return row
 
 
 def _read_csv(path: Path) -> pandas.DataFrame:
     # Every cell is text: a question "NA" and an answer "1.0" stay what they are.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = list(csv.DictReader(file, strict=True))
-        except csv.Error as error:
-            raise ValueError(str(error)) from error
+    reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"line {reader.line_num} has more cells than columns; quote cells with commas"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
     return pandas.DataFrame(rows)
 
 
@@ -127,6 +142,14 @@ def digest(rows: pandas.DataFrame) -> str:
     return state.hexdigest()
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a cell is text that UTF-8 can write: half of a surrogate pair, as JSON allows it, is not."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     """Take out the rows that cannot teach: incomplete, contradictory or repeated ones.
 
@@ -136,7 +159,7 @@ def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     reasons = pandas.Series("", index=rows.index, dtype=object)
     rows = rows.copy()
     for name in COLUMNS:
-        is_text = rows[name].map(lambda value: isinstance(value, str))
+        is_text = rows[name].map(_is_text)
         rows[name] = rows[name].where(is_text, "").str.strip()
         reasons[(rows[name] == "") & (reasons == "")] = f"{name} is missing, empty or not text"
     complete = rows[reasons == ""]

@@ -1,6 +1,9 @@
 """The model hub: from a name to one commit, with errors that a user can act on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import httpx
@@ -9,7 +12,8 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    OfflineModeIsEnabled,
+    HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -45,37 +49,66 @@ def resolve(value: str, *, parameter: str, kind: Literal["model", "dataset"], in
         UserError: unknown name or revision, gated, or the hub is out of reach.
     """
     name, _, revision = value.partition("@")
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    problem = f"{parameter}={value}"
-    try:
+    with _errors(f"{parameter}={value}", _page(name, kind), instead):
         info = HfApi().repo_info(name, revision=revision or None, repo_type=kind, files_metadata=True)
-        if info.gated:
-            hf_hub_download(name, "config.json", revision=info.sha, repo_type=kind)
+        files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        if info.gated and files:  # the list of files is public, their contents are not
+            hf_hub_download(name, min(files, key=files.get), revision=info.sha, repo_type=kind)
+    return HubRepository(name, info.sha, files, str((info.card_data or {}).get("license") or "unknown"))
+
+
+def license_text(repository: HubRepository, *, parameter: str, instead: str) -> str:
+    """Text of a model repository's LICENSE file, or its card's identifier and where it stands.
+
+    Raises:
+        UserError: the file cannot be fetched.
+    """
+    names = [
+        name for name in repository.files if name.upper().split(".")[0] in ("LICENSE", "LICENCE", "COPYING")
+    ]
+    page = _page(repository.name, "model")
+    if not names:
+        return f"{repository.license}, see {page}\n"
+    with _errors(f"{parameter}={repository.name}", page, instead):
+        path = hf_hub_download(repository.name, names[0], revision=repository.commit)
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _page(name: str, kind: str) -> str:
+    return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+
+
+@contextmanager
+def _errors(problem: str, page: str, instead: str) -> Iterator[None]:
+    """What the hub's client raises, as what the user can do."""
+    try:
+        yield
     except GatedRepoError as error:
         raise UserError(
             f"{problem}: gated. Accept its terms on {page} and set HF_TOKEN, or give {instead}."
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{problem}: {name} has no revision {revision}; see {page}/commits.") from error
+        raise UserError(f"{problem}: has no such revision; see {page}/commits.") from error
+    except HFValidationError as error:
+        raise UserError(f"{problem}: is no name that the hub allows: {error}. Give {instead}.") from error
+    except (
+        LocalEntryNotFoundError
+    ) as error:  # an EntryNotFoundError too, but it says that the hub did not answer
+        raise UserError(_unreachable(problem, page, instead, error)) from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise UserError(
-            f"{problem}: the hub has no such {kind}; look at {page}, set HF_TOKEN if it is private, "
+            f"{problem}: the hub has no such repository; look at {page}, set HF_TOKEN if it is private, "
             f"or give {instead}."
         ) from error
-    except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise UserError(f"{problem}: the hub is out of reach ({page}: {error}). Give {instead}.") from error
-    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    return HubRepository(name, info.sha, files, str((info.card_data or {}).get("license") or "unknown"))
+    # ValueError: something that is no hub answered with a page of its own
+    except (httpx.HTTPError, HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(_unreachable(problem, page, instead, error)) from error
 
 
-def license_text(repository: HubRepository) -> str:
-    """Text of the repository's LICENSE file, or its card's identifier and where it stands."""
-    names = [
-        name for name in repository.files if name.upper().split(".")[0] in ("LICENSE", "LICENCE", "COPYING")
-    ]
-    if names:
-        with open(
-            hf_hub_download(repository.name, names[0], revision=repository.commit), encoding="utf-8"
-        ) as file:
-            return file.read()
-    return f"{repository.license}, see https://huggingface.co/{repository.name}\n"
+def _unreachable(problem: str, page: str, instead: str, error: Exception) -> str:
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"{problem}: the hub refused the token ({error}); renew HF_TOKEN, or give {instead}."
+    return (
+        f"{problem}: the hub is out of reach ({page}: {error}). Give {instead}; "
+        "where the hub wants to know you, set HF_TOKEN."
+    )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from steps.text2sql.errors import UserError
+
 FILE = "manifest.json"
 AnyManifest = TypeVar("AnyManifest")
 
@@ -50,11 +52,14 @@ def write(manifest: Any, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
 
 
-def read(kind: type[AnyManifest], folder: Path) -> AnyManifest:
-    """Read a folder's manifest.
+def read(kind: type[AnyManifest], folder: Path, *, source: str) -> AnyManifest:
+    """Read a folder's manifest; `source` is the parameter and value that the folder came from.
 
     Raises:
-        FileNotFoundError: the folder has none.
-        TypeError: it is one of another kind.
+        UserError: there is none, or it is one of another kind.
     """
-    return kind(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    try:
+        return kind(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        wanted = "a dataset of prepare_data" if kind is DatasetManifest else "an adapter of train"
+        raise UserError(f"{source}: is not {wanted}: {error}") from error

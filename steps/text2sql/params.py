@@ -6,6 +6,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
@@ -16,21 +17,32 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from steps.text2sql.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-HUB_ID = r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?"
+HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@[A-Za-z0-9_][A-Za-z0-9_./-]*)?"
+MODEL_NAME = r"[A-Za-z0-9_][A-Za-z0-9_. -]*"
 Auto = Literal["auto"]
 Params = TypeVar("Params")
 
 
 def users_folder() -> Path:
     """Folder where the user typed `mlflow run`: the steps themselves run in the project's folder."""
-    launchers = [
-        p for p in psutil.Process().parents() if any(Path(w).name == "mlflow" for w in p.cmdline()[:3])
-    ]
-    return Path(launchers[-1].cwd()) if launchers else Path.cwd()
+    folder = Path.cwd()
+    for process in psutil.Process().parents():
+        with suppress(psutil.Error):  # processes of other users cannot be looked at everywhere
+            if _is_mlflow_run(process.cmdline()):
+                folder = Path(process.cwd())
+    return folder
+
+
+def _is_mlflow_run(words: list[str]) -> bool:
+    return "run" in words and any(Path(word).name == "mlflow" for word in words[: words.index("run")][-3:])
 
 
 def _absolute(value: str) -> str:
-    path = Path(value).expanduser()
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot be looked up: {error}") from error
     if not path.is_absolute():
         raise ValueError(
             "is a relative path, but steps run in the project's folder; "
@@ -40,7 +52,9 @@ def _absolute(value: str) -> str:
 
 
 def _looks_like_path(value: str) -> bool:
-    return value.startswith(("/", "~", ".")) or (users_folder() / value).exists()
+    with suppress(OSError):  # a name too long for a file
+        return value.startswith(("/", "~", ".")) or bool(value) and (users_folder() / value).exists()
+    return False
 
 
 def _base_model(value: str) -> str:
@@ -84,7 +98,7 @@ def _artifact_uri(value: str) -> str:
 
 
 def _model_uri(value: str) -> str:
-    if not re.fullmatch(r"models:/[^/@]+(/\d+|@[^/@]+)", value):
+    if not re.fullmatch(rf"models:/{MODEL_NAME}(/\d+|@{MODEL_NAME})", value):
         raise ValueError("must be models:/<name>/<version> or models:/<name>@<alias>")
     return value
 
@@ -99,7 +113,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ArtifactUri = Annotated[str, AfterValidator(_artifact_uri)]
 ModelName = Annotated[
     str,
-    Field(pattern=r"^[A-Za-z0-9_][\w. -]*$", max_length=250, description="name in the model registry"),
+    Field(pattern=f"^{MODEL_NAME}$", max_length=250, description="name in the model registry"),
 ]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of sampling, initialization and row order")]
 
@@ -251,9 +265,13 @@ def parse_main(argv: Sequence[str]) -> MainParams:
     given = _pairs(argv)
     by_step = {step: get_type_hints(params, include_extras=True) for step, params in CHAIN.items()}
     own = get_type_hints(OwnMainParams, include_extras=True)
-    types = own | {name: hint for hints in by_step.values() for name, hint in hints.items()}
-    problems = [f"{name}: main finds this out itself" for name in given if name in SET_BY_MAIN]
-    values = _checked(given, types, [*_unknown(given, types), *problems])
+    types = own | {
+        name: hint for hints in by_step.values() for name, hint in hints.items() if name not in SET_BY_MAIN
+    }
+    problems = [f"{name}: main finds this out itself" for name in SET_BY_MAIN & given.keys()]
+    problems += [f"{name}: missing" for name in own if name not in given]
+    others = {name: value for name, value in given.items() if name not in SET_BY_MAIN}
+    values = _checked(others, types, [*_unknown(others, types), *problems])
     own_params = OwnMainParams(**{name: values[name] for name in own})
     return MainParams(
         own_params, {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
@@ -268,6 +286,9 @@ def _pairs(argv: Sequence[str]) -> dict[str, str]:
     names, values = argv[0::2], argv[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         raise UserError(f"parameters must come as --name value pairs, got: {' '.join(argv)}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError("\n".join(f"{name.removeprefix('--')}: given more than once" for name in repeated))
     return {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
 
 

@@ -41,6 +41,7 @@ class Kind(NamedTuple):
 
     @property
     def is_on_two_tables(self) -> bool:
+        """Whether it joins a parent with its child."""
         return "{p." in self.sql
 
     @property
@@ -631,10 +632,12 @@ class Draw:
 
     @cached_property
     def category(self) -> Column:
+        """A column of few values to group by."""
         return self._column(self._take("category"))
 
     @cached_property
     def number(self) -> Column:
+        """A column with numbers."""
         return self._column(self._take("amount", "level", "year"))
 
     @cached_property
@@ -644,14 +647,17 @@ class Draw:
 
     @cached_property
     def date(self) -> Column:
+        """A column with dates."""
         return self._column(self._take("date"))
 
     @cached_property
     def nullable(self) -> Column:
+        """A column that has NULLs."""
         return self._column(self._take("nullable"))
 
     @cached_property
     def aggregate(self) -> Column:
+        """A function over a column with numbers."""
         roles = dict(self._free)
         column = self._take(*FUNCTIONS_BY_ROLE)
         function = self._rng.choice(FUNCTIONS_BY_ROLE[roles[column]])
@@ -672,6 +678,7 @@ class Draw:
 
     @cached_property
     def compares(self) -> Condition:
+        """A condition that compares a number."""
         column = self._take("amount", "level", "year")
         sign, words = self._rng.choice(COMPARISONS)
         limit = _literal(_rounded(self._sample(column)))
@@ -693,6 +700,7 @@ class Draw:
 
     @cached_property
     def differs(self) -> Condition:
+        """A condition that a category is not a value."""
         column = self._take("category")
         value = self._sample(column)
         condition = self._condition(column, f"!= {_literal(value)}", f"other than {value}")
@@ -700,6 +708,7 @@ class Draw:
 
     @cached_property
     def either(self) -> Condition:
+        """A condition that a category is one of two values."""
         column = self._take("category")
         first, second = self._span(self._sample(column), self._sample(column))
         sql = f"= {_literal(first)} OR {self._alias}{column} = {_literal(second)}"
@@ -707,6 +716,7 @@ class Draw:
 
     @cached_property
     def between(self) -> Condition:
+        """A condition that a number lies between two."""
         column = self._take("amount", "level", "year")
         low, high = self._span(*(_rounded(self._sample(column)) for _ in range(2)))
         low, high = _literal(low), _literal(high)
@@ -714,6 +724,7 @@ class Draw:
 
     @cached_property
     def like(self) -> Condition:
+        """A condition on the beginning, end or middle of a text."""
         column = self._take("label")
         words = str(self._sample(column)).replace("'", " ").split()
         pattern, verb, phrase, text = self._rng.choice(
@@ -729,12 +740,14 @@ class Draw:
 
     @cached_property
     def in_year(self) -> Condition:
+        """A condition that a date is in a year."""
         column = self._take("date")
         year = str(self._sample(column))[:4]
         return self._condition(column, f"LIKE '{year}-%'", f"in {year}")
 
     @cached_property
     def dated(self) -> Condition:
+        """A condition that a date is before or after one."""
         column = self._take("date")
         sign, word = self._rng.choice(((">", "after"), ("<", "before")))
         day = self._sample(column)
@@ -742,6 +755,7 @@ class Draw:
 
     @cached_property
     def period(self) -> Condition:
+        """A condition that a date lies between two."""
         column = self._take("date")
         first, last = self._span(self._sample(column), self._sample(column))
         return self._condition(column, f"BETWEEN '{first}' AND '{last}'", f"between {first} and {last}")

@@ -61,6 +61,7 @@ class Domain:
     tables: tuple[Table, ...]
 
     def table(self, name: str) -> Table:
+        """The table of this name."""
         return next(table for table in self.tables if table.name == name)
 
 

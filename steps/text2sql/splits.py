@@ -77,7 +77,7 @@ def _columns(context: str, start: int) -> list[str]:
             item = match.end()
         if depth == 0:
             break
-    words = [re.match(r"\"[^\"]+\"|`[^`]+`|\[[^]]+\]|\S*", name).group() for name in names]
+    words = [re.match(r"\"[^\"]+\"|`[^`]+`|\[[^]]+\]|[^\s(]*", name).group() for name in names]
     return [word.strip('"`[]').lower() for word in words if word.upper() not in CONSTRAINTS]
 
 
@@ -109,7 +109,7 @@ def _by_schema(contexts: pandas.Series, test_size: float) -> tuple[numpy.ndarray
 
 def _hash(table_names: frozenset[str]) -> float:
     """Number in [0, 1) that only the names decide."""
-    digest = hashlib.sha256("\n".join(sorted(table_names)).encode()).digest()
+    digest = hashlib.sha256("\n".join(sorted(table_names)).encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 

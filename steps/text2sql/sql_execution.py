@@ -42,6 +42,7 @@ LIMITS = {
 # Often enough to stop within milliseconds, seldom enough to cost nothing.
 OPCODES_BETWEEN_CHECKS = 1_000
 MAX_ROWS = 100_000
+MAX_RESULT_LENGTH = 50_000_000
 
 
 class QueryError(Exception):
@@ -52,14 +53,24 @@ def run_query(database: Path, query: str, *, timeout_seconds: float) -> list[Row
     """All rows that one SELECT returns from a database file.
 
     Raises:
-        QueryError: it does not parse, writes, takes too long or returns more than `MAX_ROWS` rows.
+        QueryError: it does not parse, writes, takes too long or returns too much.
     """
     with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
         connection.execute("PRAGMA query_only = ON")
         with _guarded(connection, READING, timeout_seconds):
-            rows = connection.execute(query).fetchmany(MAX_ROWS + 1)
-    if len(rows) > MAX_ROWS:
-        raise QueryError(f"more than {MAX_ROWS} rows")
+            cursor = connection.execute(query)
+            if cursor.description is None:
+                raise QueryError("is no query")
+            return _fetch(cursor)
+
+
+def _fetch(cursor: sqlite3.Cursor) -> list[Row]:
+    rows, size = [], 0
+    for row in cursor:
+        rows.append(row)
+        size += sum(len(value) for value in row if isinstance(value, str | bytes))
+        if len(rows) > MAX_ROWS or size > MAX_RESULT_LENGTH:
+            raise QueryError(f"more than {MAX_ROWS} rows or {MAX_RESULT_LENGTH} characters")
     return rows
 
 
@@ -73,7 +84,10 @@ def check_query(context: str, query: str, *, timeout_seconds: float) -> None:
         with _guarded(connection, CREATING, timeout_seconds, what="context: "):
             connection.executescript(context)
         with _guarded(connection, READING, timeout_seconds):
-            connection.execute(f"EXPLAIN {query}")
+            program = connection.execute(f"EXPLAIN {query}")
+            # EXPLAIN lists opcodes; another first column means that the text went on with QUERY PLAN.
+            if program.description[0][0] != "addr":
+                raise QueryError("is no query")
 
 
 @contextmanager
@@ -93,7 +107,7 @@ def _guarded(
     connection.set_progress_handler(lambda: time.monotonic() > deadline, OPCODES_BETWEEN_CHECKS)
     try:
         yield
-    except (sqlite3.Error, sqlite3.Warning, UnicodeError, ValueError, OverflowError) as error:
+    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
         late = time.monotonic() > deadline
         raise QueryError(what + (f"took over {timeout_seconds:g} s" if late else str(error))) from error
 
@@ -110,5 +124,5 @@ def is_ordered(query: str) -> bool:
     """Whether the order of the query's rows is asked for: an ORDER BY of the whole query."""
     try:
         return sqlglot.parse_one(query, read="sqlite").args.get("order") is not None
-    except SqlglotError:
+    except (SqlglotError, RecursionError):
         return "order by" in query.lower().rsplit(")", 1)[-1]

@@ -134,7 +134,7 @@ def load_base(reference: str, quantization: str) -> PreTrainedModel:
             use_safetensors=True,
             attn_implementation="sdpa",
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BaseModelError(f"base model {reference}: {error}") from error
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -161,14 +161,15 @@ def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def locate_base(reference: str) -> dict[str, str]:
-    """Arguments for `from_pretrained` that name one state of the base model."""
+def locate_base(reference: str) -> dict[str, Any]:
+    """Arguments for `from_pretrained` that name one state of the base model, whose own code never runs."""
+    source = {"trust_remote_code": False}
     if reference == EMBEDDED_BASE:
-        return {"pretrained_model_name_or_path": str(embedded_base())}
+        return source | {"pretrained_model_name_or_path": str(embedded_base())}
     if os.path.isabs(reference):
-        return {"pretrained_model_name_or_path": reference}
+        return source | {"pretrained_model_name_or_path": reference}
     name, _, revision = reference.partition("@")
-    return {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
+    return source | {"pretrained_model_name_or_path": name, "revision": revision or "main"}
 
 
 def embedded_base() -> Path:
@@ -300,7 +301,7 @@ class SQLModel(PythonModel):
         config: Mapping[str, str] = context.model_config
         adapter = context.artifacts["adapter"]
         self.prompt_template = config["prompt_template"]
-        self.tokenizer = AutoTokenizer.from_pretrained(adapter)
+        self.tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
         base = load_base(os.path.expanduser(config["base_model"]), config["quantization"])
         self.model = PeftModel.from_pretrained(base, adapter).eval()
 

@@ -81,7 +81,7 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
         raise SystemExit(f"\nError: {error}") from error
     except (KeyboardInterrupt, Interrupted) as error:
         _end("KILLED", TAG_STOPPED_BY, str(error) or "SIGINT")
-        raise SystemExit(f"\nStopped by {error or 'SIGINT'}.") from error
+        raise SystemExit(f"\nStopped by {str(error) or 'SIGINT'}.") from error
     except BaseException as error:
         _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
         raise
@@ -136,16 +136,16 @@ def downloaded(uri: str, *, parameter: str, needs: str) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=_as_uri(uri), dst_path=scratch))
-        except (MlflowException, OSError) as error:
+            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+        except (
+            MlflowException,
+            OSError,
+            ImportError,
+        ) as error:  # ImportError: a store's client is not installed
             raise UserError(f"{parameter}={uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
         if not (path / needs).is_file():
             raise UserError(f"{parameter}={uri}: has no {needs}. {_artifacts_of(uri)}")
         yield path
-
-
-def _as_uri(uri: str) -> str:
-    return Path(uri).as_uri() if uri.startswith("/") else uri
 
 
 def _artifacts_of(uri: str) -> str:
@@ -197,7 +197,7 @@ def choices(run: Run) -> dict[str, str]:
 
 
 def run_page() -> tuple[str, str]:
-    """The tracking URI, and the address of this run in its user interface, of `mlflow ui` for a local store."""
+    """The tracking URI, and this run in its user interface: that of `mlflow ui` for a local store."""
     store = mlflow.get_tracking_uri()
     host = store.rstrip("/") if store.startswith("http") else "http://127.0.0.1:5000"
     return store, f"{host}/#/experiments/{mlflow.active_run().info.experiment_id}/runs/{run_id()}"
@@ -233,10 +233,8 @@ def model_version(name: str, version: int | str) -> ModelVersion:
         return mlflow.MlflowClient().get_model_version(name, str(version))
     except MlflowException as error:
         found = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
-        versions = ", ".join(sorted(v.version for v in found)) or "none"
-        raise UserError(
-            f"registered_model_name={name}: has no version {version}; there are: {versions}."
-        ) from error
+        versions = ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
+        raise UserError(f"model {name}: has no version {version}; there are: {versions}.") from error
 
 
 def git_commit() -> str:

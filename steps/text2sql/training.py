@@ -56,6 +56,11 @@ def total_steps(*, rows: int, batch_size: int, max_steps: int, num_train_epochs:
     return max_steps if max_steps > 0 else math.ceil(math.ceil(rows / batch_size) * num_train_epochs)
 
 
+def evaluation_rows(*, steps: int, batch_size: int) -> int:
+    """Rows of a validation: 64, or in short trainings so few that validating costs less than training."""
+    return min(EVALUATION_ROWS, max(8, steps * batch_size // 8))
+
+
 def batch_shape(batch_size: int) -> dict[str, int]:
     """Rows a micro-batch, and micro-batches a step, whose product is `batch_size`."""
     rows = max(n for n in range(1, min(batch_size, MICRO_BATCH_ROWS) + 1) if batch_size % n == 0)
@@ -118,6 +123,14 @@ class Reporter(TrainerCallback):
             self.eval_loss.append((step, logs["eval_loss"]))
             self.log({"eval_loss": logs["eval_loss"]}, step)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restart the clock, so that speeds are those of training."""
+        self.time, self.step, self.tokens = (
+            time.monotonic(),
+            state.global_step,
+            int(state.num_input_tokens_seen),
+        )
+
     def _speed(self, state: Any) -> dict[str, float]:
         seconds = time.monotonic() - self.time
         steps, tokens = state.global_step - self.step, int(state.num_input_tokens_seen) - self.tokens
@@ -137,6 +150,17 @@ class Checkpoints(TrainerCallback):
         self.save = save
         self.save_steps = save_steps
         self.stopped_by = ""
+        self.saved_step = 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save what a signal after the last step would lose."""
+        if self.stopped_by:
+            self._save(state.global_step)
+
+    def _save(self, step: int) -> None:
+        if step > self.saved_step:
+            self.save(step)
+            self.saved_step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save, and end the training after the current step if a signal came."""
@@ -144,7 +168,7 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
         is_last = state.global_step >= state.max_steps
         if self.stopped_by or (state.global_step % self.save_steps == 0 and not is_last):
-            self.save(state.global_step)
+            self._save(state.global_step)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -180,7 +204,10 @@ def train(
     rows, validation = (
         data[name].select_columns(["input_ids", "labels"]) for name in ("train", "validation")
     )
-    validation = validation.select(range(min(EVALUATION_ROWS, len(validation))))
+    count = evaluation_rows(
+        steps=settings.max_steps, batch_size=settings.train_batch_size * settings.gradient_accumulation_steps
+    )
+    validation = validation.select(range(min(count, len(validation))))
     if not len(validation):
         settings.eval_strategy = "no"
     model.config.use_cache = False
