@@ -24,9 +24,10 @@ def main(params: RegisterParams) -> None:
 
 
 def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params: RegisterParams) -> None:
-    """Refuse an adapter of another base, other rows, or the same rows split otherwise: test rows would leak."""
+    """Refuse an adapter of another base, other rows, or rows split otherwise: test rows would leak."""
     trained_on = described.of_dataset
-    for name in vars(trained_on):
+    first = ("dataset_digest", "tokenizer_fingerprint", "base_model")
+    for name in (*first, *vars(trained_on)):
         if getattr(trained_on, name) != getattr(of_dataset, name):
             raise UserError(
                 f"adapter_uri={params.adapter_uri}: was trained with {name} {getattr(trained_on, name)}, but "

@@ -204,10 +204,15 @@ def test_the_mean_loss_comes_back(model, tokenizer, settings):
     assert mean == pytest.approx(sum(probe.losses) / 3, rel=1e-4)
 
 
-def test_validation_takes_at_most_64_rows_at_most_3_times(model, tokenizer, settings):
+def test_validation_takes_few_rows_at_most_3_times(model, tokenizer, settings):
     probe = run(model, tokenizer, splits(tokenizer, 8, 100), settings(7, 2))
     assert probe.evaluations == [3, 6, 7]
-    assert probe.evaluated_rows == {64}
+    assert probe.evaluated_rows == {8}
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(3, 8), (30, 30), (64, 64), (500, 64)])
+def test_a_validation_has_an_eighth_of_the_rows_of_the_training_and_8_to_64(steps, rows):
+    assert training.evaluation_rows(steps=steps, batch_size=8) == rows
 
 
 def test_training_without_validation_rows_reports_no_validation_loss(model, tokenizer, settings):

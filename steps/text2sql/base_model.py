@@ -64,8 +64,7 @@ def resolve(base_model: str) -> BaseModel:
     weights = repository.size(".safetensors")
     if not weights:
         raise UserError(f"base_model={value}: has no .safetensors weights, and pickled ones are never read.")
-    text = hub.license_text(repository, parameter="base_model", instead=INSTEAD)
-    return BaseModel(repository.reference, repository.commit, reason, text, weights)
+    return BaseModel(repository.reference, repository.commit, reason, hub.license_text(repository), weights)
 
 
 def _auto() -> tuple[str, str]:
@@ -104,7 +103,7 @@ def memory_needed(reference: str, quantization: str) -> int:
         UserError: the configuration is of no causal language model of transformers.
     """
     try:
-        config = AutoConfig.from_pretrained(**locate_base(reference))
+        config = AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:

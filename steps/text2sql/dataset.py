@@ -114,7 +114,7 @@ def _read_json(path: Path) -> pandas.DataFrame:
 
 def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
+        raise ValueError("not an object")
     return row
 
 

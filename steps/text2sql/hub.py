@@ -49,7 +49,7 @@ def resolve(value: str, *, parameter: str, kind: Literal["model", "dataset"], in
         UserError: unknown name or revision, gated, or the hub is out of reach.
     """
     name, _, revision = value.partition("@")
-    with _errors(f"{parameter}={value}", _page(name, kind), instead):
+    with _errors(f"{parameter}={value}", _page(name, kind), instead, kind=kind):
         info = HfApi().repo_info(name, revision=revision or None, repo_type=kind, files_metadata=True)
         files = {file.rfilename: file.size or 0 for file in info.siblings or []}
         if info.gated and files:  # the list of files is public, their contents are not
@@ -57,8 +57,8 @@ def resolve(value: str, *, parameter: str, kind: Literal["model", "dataset"], in
     return HubRepository(name, info.sha, files, str((info.card_data or {}).get("license") or "unknown"))
 
 
-def license_text(repository: HubRepository, *, parameter: str, instead: str) -> str:
-    """Text of a model repository's LICENSE file, or its card's identifier and where it stands.
+def license_text(repository: HubRepository) -> str:
+    """Text of a base model's LICENSE file, or its card's identifier and where it stands.
 
     Raises:
         UserError: the file cannot be fetched.
@@ -69,7 +69,9 @@ def license_text(repository: HubRepository, *, parameter: str, instead: str) -> 
     page = _page(repository.name, "model")
     if not names:
         return f"{repository.license}, see {page}\n"
-    with _errors(f"{parameter}={repository.name}", page, instead):
+    with _errors(
+        f"base_model={repository.name}", page, "base_model=<absolute directory of a downloaded model>"
+    ):
         path = hf_hub_download(repository.name, names[0], revision=repository.commit)
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
@@ -79,7 +81,7 @@ def _page(name: str, kind: str) -> str:
 
 
 @contextmanager
-def _errors(problem: str, page: str, instead: str) -> Iterator[None]:
+def _errors(problem: str, page: str, instead: str, *, kind: str = "model") -> Iterator[None]:
     """What the hub's client raises, as what the user can do."""
     try:
         yield
@@ -88,7 +90,8 @@ def _errors(problem: str, page: str, instead: str) -> Iterator[None]:
             f"{problem}: gated. Accept its terms on {page} and set HF_TOKEN, or give {instead}."
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{problem}: has no such revision; see {page}/commits.") from error
+        name, _, revision = problem.partition("=")[2].partition("@")
+        raise UserError(f"{problem}: {name} has no revision {revision}; see {page}/commits.") from error
     except HFValidationError as error:
         raise UserError(f"{problem}: is no name that the hub allows: {error}. Give {instead}.") from error
     except (
@@ -97,7 +100,7 @@ def _errors(problem: str, page: str, instead: str) -> Iterator[None]:
         raise UserError(_unreachable(problem, page, instead, error)) from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise UserError(
-            f"{problem}: the hub has no such repository; look at {page}, set HF_TOKEN if it is private, "
+            f"{problem}: the hub has no such {kind}; look at {page}, set HF_TOKEN if it is private, "
             f"or give {instead}."
         ) from error
     # ValueError: something that is no hub answered with a page of its own

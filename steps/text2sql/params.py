@@ -52,9 +52,10 @@ def _absolute(value: str) -> str:
 
 
 def _looks_like_path(value: str) -> bool:
-    with suppress(OSError):  # a name too long for a file
-        return value.startswith(("/", "~", ".")) or bool(value) and (users_folder() / value).exists()
-    return False
+    try:
+        return value.startswith(("/", "~", ".")) or (bool(value) and (users_folder() / value).exists())
+    except OSError as error:  # a name too long for a file
+        raise ValueError(f"cannot be looked up: {error}") from error
 
 
 def _base_model(value: str) -> str:

@@ -132,6 +132,7 @@ def load_base(reference: str, quantization: str) -> PreTrainedModel:
             device_map={"": device},
             quantization_config=quantization_config(quantization, dtype),
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation="sdpa",
         )
     except (OSError, ValueError) as error:
@@ -151,7 +152,7 @@ def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
         BaseModelError: there is none, it is not a fast one, or it has no EOS.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**locate_base(reference))
+        tokenizer = AutoTokenizer.from_pretrained(**locate_base(reference), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"tokenizer of base model {reference}: {error}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -161,15 +162,14 @@ def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def locate_base(reference: str) -> dict[str, Any]:
-    """Arguments for `from_pretrained` that name one state of the base model, whose own code never runs."""
-    source = {"trust_remote_code": False}
+def locate_base(reference: str) -> dict[str, str]:
+    """Arguments for `from_pretrained` that name one state of the base model."""
     if reference == EMBEDDED_BASE:
-        return source | {"pretrained_model_name_or_path": str(embedded_base())}
+        return {"pretrained_model_name_or_path": str(embedded_base())}
     if os.path.isabs(reference):
-        return source | {"pretrained_model_name_or_path": reference}
+        return {"pretrained_model_name_or_path": reference}
     name, _, revision = reference.partition("@")
-    return source | {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+    return {"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 
 def embedded_base() -> Path:

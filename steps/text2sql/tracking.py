@@ -232,9 +232,11 @@ def model_version(name: str, version: int | str) -> ModelVersion:
     try:
         return mlflow.MlflowClient().get_model_version(name, str(version))
     except MlflowException as error:
-        found = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+        found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
         versions = ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
-        raise UserError(f"model {name}: has no version {version}; there are: {versions}.") from error
+        raise UserError(
+            f"registered_model_name={name}: has no version {version}; there are: {versions}."
+        ) from error
 
 
 def git_commit() -> str:
