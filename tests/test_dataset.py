@@ -103,7 +103,6 @@ def test_a_file_in_another_encoding_is_refused_with_the_byte_and_the_way_out(tmp
     assert "save it as UTF-8" in message
 
 
-# DEFECT: the csv reader decodes in chunks, and the byte is counted from the chunk's start.
 def test_the_byte_that_is_not_utf8_is_counted_from_the_start_of_a_long_csv_file(tmp_path):
     start = f"{HEADER}\n".encode() + b"q,c,a\n" * 3000
     assert f"byte {len(start)};" in refusal(tmp_path / "rows.csv", start + b"\xff,c,a\n")
@@ -125,14 +124,12 @@ def test_several_broken_json_lines_are_in_one_message_and_the_rest_is_counted(tm
     assert "and 2 more" in message
 
 
-# DEFECT for null: the line is dropped without a word.
 @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "7", "null"])
 def test_a_json_line_that_is_no_object_is_refused_by_its_number(tmp_path, line):
     message = refusal(tmp_path / "rows.jsonl", f"{GOOD_LINE}{line}\n")
     assert "line 2: not an object" in message
 
 
-# DEFECT for deep nesting: RecursionError with a traceback; the same line in JSONL is refused properly.
 @pytest.mark.parametrize(
     "content", ["{", '{"question": "q"}', "[1]", "", pytest.param("[" * 100_000, id="deep")]
 )
@@ -144,7 +141,6 @@ def test_an_open_quote_in_csv_is_refused(tmp_path):
     assert "is not valid CSV" in refusal(tmp_path / "rows.csv", f'{HEADER}\nq,"c,a\n')
 
 
-# DEFECT: context becomes 'CREATE TABLE t (a INT' and answer ' b INT)'; the model learns that.
 def test_a_csv_row_with_more_cells_than_columns_is_not_read_shifted(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f"{HEADER}\nHow many?,CREATE TABLE t (a INT, b INT),SELECT a FROM t\n")

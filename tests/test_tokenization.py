@@ -299,7 +299,6 @@ def test_rows_can_be_prepared_without_validation_rows(tokenizer, validation):
     assert len(prepared.splits["train"]) == 6
 
 
-# DEFECT: TypeError of the tokenizer with a traceback; JSON may hold a lone surrogate ("\ud800").
 def test_text_that_has_no_utf8_form_is_rejected(tokenizer):
     parts = split_rows()
     parts["train"] = parts["train"].assign(answer=["SELECT '\ud800'", *parts["train"]["answer"][1:]])
