@@ -232,11 +232,16 @@ def model_version(name: str, version: int | str) -> ModelVersion:
     try:
         return mlflow.MlflowClient().get_model_version(name, str(version))
     except MlflowException as error:
-        found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
-        versions = ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
         raise UserError(
-            f"registered_model_name={name}: has no version {version}; there are: {versions}."
+            f"registered_model_name={name}: has no version {version}; there are: {_versions(name)}."
         ) from error
+
+
+def _versions(name: str) -> str:
+    found = []
+    with suppress(MlflowException):  # a name that MLflow does not allow
+        found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
+    return ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
 
 
 def git_commit() -> str:
