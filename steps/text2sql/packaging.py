@@ -15,6 +15,7 @@ from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 from steps.text2sql import sql_model
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
+from steps.text2sql.screen import EXAMPLE
 
 PYTHON_ENV = Path(__file__).parents[2] / "python_env.yaml"
 SIGNATURE = ModelSignature(
@@ -28,10 +29,6 @@ SIGNATURE = ModelSignature(
         ]
     ),
 )
-EXAMPLE = {
-    "question": "How many heads are older than 56?",
-    "context": "CREATE TABLE head (name TEXT, age INTEGER)",
-}
 # Loads the package as a user would, where nothing of this project is on the path.
 ASK = """\
 import json, sys

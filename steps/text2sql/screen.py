@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from steps.text2sql import scoring, tracking
 
+# A question that also a shortly trained model should get right.
 EXAMPLE = {
-    "question": ["How many heads are older than 56?"],
-    "context": ["CREATE TABLE head (name TEXT, age INTEGER)"],
+    "question": "What are the names of heads with age above 56?",
+    "context": "CREATE TABLE heads (name TEXT, age INTEGER, born_state TEXT)",
 }
 
 
@@ -48,7 +49,7 @@ def closing(
         "",
         f"  model       models:/{name}/{version} (also models:/{name}@{alias})",
         f"  look        {look}",
-        f"  ask         echo {shlex.quote(json.dumps({'inputs': EXAMPLE}))} | \\\n"
+        f"  ask         echo {shlex.quote(json.dumps({'dataframe_records': [EXAMPLE]}))} | \\\n"
         f"              mlflow models predict -m {uri} --env-manager {manager} -t json",
         f"  serve       mlflow models serve -m {uri} --env-manager {manager} --port 5001",
         "",
