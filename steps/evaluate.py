@@ -14,7 +14,7 @@ from steps.text2sql.params import EvaluateParams
 from steps.text2sql.sql_model import BaseModelError, SQLModel
 
 # The adapter is off for the second one; its metrics and columns begin with its prefix.
-TUNED, BASE = "", "base_"
+TUNED, BASE = "", scoring.BASE_PREFIX
 
 
 def main(params: EvaluateParams) -> None:

@@ -9,6 +9,8 @@ from steps.text2sql.sql_execution import QueryError, check_query, is_ordered, ru
 
 # The metric that decides on promotion.
 EXECUTION_ACCURACY = "execution_accuracy"
+# Before the names of metrics and columns of the base, with the adapter off.
+BASE_PREFIX = "base_"
 METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "stopped")
 
 

@@ -45,7 +45,7 @@ def closing(
         *(f"  {what:<12}{text}" for what, text in chosen.items()),
         "",
         f"Scores on {metrics['evaluated_rows']:.0f} test rows",
-        scoring.comparison(metrics, base_prefix="base_"),
+        scoring.comparison(metrics, base_prefix=scoring.BASE_PREFIX),
         "",
         f"  model       models:/{name}/{version} (also models:/{name}@{alias})",
         f"  look        {look}",

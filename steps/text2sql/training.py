@@ -108,7 +108,7 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self.time, self.step, self.tokens = time.monotonic(), 0, 0
+        self._restart(state)
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         """Report a point of the loss curve, or a validation loss."""
@@ -125,6 +125,9 @@ class Reporter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restart the clock, so that speeds are those of training."""
+        self._restart(state)
+
+    def _restart(self, state: Any) -> None:
         self.time, self.step, self.tokens = (
             time.monotonic(),
             state.global_step,
@@ -134,8 +137,7 @@ class Reporter(TrainerCallback):
     def _speed(self, state: Any) -> dict[str, float]:
         seconds = time.monotonic() - self.time
         steps, tokens = state.global_step - self.step, int(state.num_input_tokens_seen) - self.tokens
-        self.time, self.step = time.monotonic(), state.global_step
-        self.tokens = int(state.num_input_tokens_seen)
+        self._restart(state)
         return {
             "samples_per_second": steps * self.batch_size / seconds,
             "tokens_per_second": tokens / seconds,
