@@ -11,8 +11,9 @@ nested replace() ran for seconds past it), and the memory of the process as a wh
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import sqlglot
@@ -49,19 +50,65 @@ class QueryError(Exception):
     """The query did not return a result; the message is the reason, such as `no such column: x`."""
 
 
-def run_query(database: Path, query: str, *, timeout_seconds: float) -> list[Row]:
-    """All rows that one SELECT returns from a database file.
+@dataclass(frozen=True)
+class MadeDatabase:
+    """Tables as a context creates them, and the rows to put in, by table, in the order of its columns."""
+
+    context: str
+    rows: Mapping[str, Sequence[Row]]
+
+
+Database = Path | MadeDatabase
+
+
+def run_query(database: Database, query: str, *, timeout_seconds: float) -> list[Row]:
+    """All rows that one SELECT returns from a database file, or from one made in memory.
 
     Raises:
         QueryError: it does not parse, writes, takes too long or returns too much.
     """
-    with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    (result,) = run_queries(database, [query], timeout_seconds=timeout_seconds)
+    if isinstance(result, QueryError):
+        raise result
+    return result
+
+
+def run_queries(
+    database: Database, queries: Sequence[str], *, timeout_seconds: float
+) -> list[list[Row] | QueryError]:
+    """What each query returns from the same database, or why it returns nothing; a limit for each.
+
+    Raises:
+        QueryError: the database cannot be made, since its context does not execute.
+    """
+    with closing(_opened(database, timeout_seconds)) as connection:
         connection.execute("PRAGMA query_only = ON")
+        return [_result(connection, query, timeout_seconds) for query in queries]
+
+
+def _opened(database: Database, timeout_seconds: float) -> sqlite3.Connection:
+    if isinstance(database, Path):
+        return sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
+    connection = sqlite3.connect(":memory:")
+    with _guarded(connection, CREATING, timeout_seconds, what="context: "):
+        connection.executescript(database.context)
+        for table, rows in database.rows.items():
+            places = ", ".join("?" * len(rows[0])) if rows else ""
+            name = table.replace('"', '""')
+            connection.executemany(f'INSERT INTO "{name}" VALUES ({places})', rows)
+    connection.commit()
+    return connection
+
+
+def _result(connection: sqlite3.Connection, query: str, timeout_seconds: float) -> list[Row] | QueryError:
+    try:
         with _guarded(connection, READING, timeout_seconds):
             cursor = connection.execute(query)
             if cursor.description is None:
                 raise QueryError("is no query")
             return _fetch(cursor)
+    except QueryError as error:
+        return error
 
 
 def _fetch(cursor: sqlite3.Cursor) -> list[Row]:
