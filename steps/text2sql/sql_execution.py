@@ -82,6 +82,7 @@ def run_queries(
         QueryError: the database cannot be made, since its context does not execute.
     """
     with closing(_opened(database, timeout_seconds)) as connection:
+        connection.set_authorizer(None)
         connection.execute("PRAGMA query_only = ON")
         return [_result(connection, query, timeout_seconds) for query in queries]
 
