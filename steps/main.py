@@ -6,13 +6,21 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from steps.text2sql import screen, tracking
+from steps.text2sql import processes, screen, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
 
 def main(params: MainParams) -> None:
     """Prepare, train, register, evaluate and promote."""
+    try:
+        chain(params)
+    except (KeyboardInterrupt, tracking.Interrupted) as error:
+        raise tracking.Interrupted(str(error), screen.to_go_on("main", params.given)) from error
+
+
+def chain(params: MainParams) -> None:
+    """Run the steps, each with what the ones before it found out."""
     prepared = run_step("prepare_data", params)
     dataset_uri = f"runs:/{prepared.info.run_id}/{tracking.DATASET}"
     trained = run_step("train", params, dataset_uri=dataset_uri)
@@ -35,20 +43,27 @@ def run_step(step: str, params: MainParams, **found: str) -> Run:
 
     Raises:
         UserError: it failed; its own message stands above on the screen.
+        tracking.Interrupted: a signal came, and no process of the step is left.
     """
     values = params.steps[step] | found
     number = f"{list(CHAIN).index(step) + 1}/{len(CHAIN)}"
     print(f"\n[{number}] {step}\n  {screen.step_command(step, values)}", flush=True)
+    stopper = processes.Stopper()
     try:
-        submitted = mlflow.projects.run(
-            uri=str(tracking.PROJECT),
-            entry_point=step,
-            parameters=values,
-            env_manager="local",
-            run_name=step,
-        )
+        with stopper.listening():
+            submitted = mlflow.projects.run(
+                uri=str(tracking.PROJECT),
+                entry_point=step,
+                parameters=values,
+                env_manager="local",
+                run_name=step,
+            )
     except ExecutionException as error:
-        raise UserError(f"{step} failed; its message stands above. {error}") from error
+        reason = tracking.end_child(step, stopped_by=stopper.stopped_by)
+        if not stopper.stopped_by:
+            raise UserError(f"{step} failed: {reason}") from error
+    if stopper.stopped_by:
+        raise tracking.Interrupted(stopper.stopped_by)
     return mlflow.get_run(submitted.run_id)
 
 

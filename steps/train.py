@@ -10,10 +10,12 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from steps.text2sql import adapter, base_model, figures, manifest, tracking, training
+from steps.text2sql import adapter, base_model, figures, manifest, resume, screen, tracking, training
+from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
+from steps.text2sql.outputs import FINISHED_SECONDS, STOPPED_SECONDS, Outputs
 from steps.text2sql.params import TrainParams
 from steps.text2sql.sql_model import (
     BaseModelError,
@@ -23,6 +25,9 @@ from steps.text2sql.sql_model import (
     quantization_config,
 )
 from steps.text2sql.tokenization import fingerprint
+
+# Where a training comes from and how often it reports does not change what it learns.
+NO_RECIPE = {"dataset_uri", "resume_from", "keep_checkpoints", "save_steps", "logging_steps"}
 
 
 def main(params: TrainParams) -> None:
@@ -37,18 +42,31 @@ def main(params: TrainParams) -> None:
     settings = trainer_settings(params, model, rows=len(data["train"]))
     tracking.log_settings("trainer", settings.to_dict())
 
-    saver = AdapterSaver(model, tokenizer, params, described, settings.max_steps)
-    checkpoints = training.Checkpoints(saver.save_checkpoint, save_steps=params.save_steps)
-    reporter = training.Reporter(mlflow.log_metrics, batch_size=params.batch_size)
-    with checkpoints.listening():
-        mean_loss = training.train(
-            model, tokenizer, data, settings=settings, callbacks=[reporter, checkpoints]
+    outputs = Outputs(
+        model,
+        tokenizer,
+        lambda step: AdapterManifest(params.quantization, step, settings.max_steps, vars(described)),
+        recipe=recipe(params, settings, described),
+        keep=params.keep_checkpoints,
+    )
+    reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size)
+    with resume.checkpoint(params.resume_from, outputs.recipe) as resume_from:
+        checkpoints = Checkpoints(
+            outputs.save_checkpoint, save_steps=params.save_steps, resume_from=resume_from
         )
-    mlflow.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
+        with checkpoints.listening():
+            mean_loss = training.train(
+                model, tokenizer, data, settings=settings, callbacks=[reporter], checkpoints=checkpoints
+            )
     if checkpoints.stopped_by:
-        raise tracking.Interrupted(checkpoints.stopped_by)
+        outputs.close(STOPPED_SECONDS)
+        go_on = {name: str(value) for name, value in vars(params).items()} | {"resume_from": outputs.run_id}
+        raise tracking.Interrupted(checkpoints.stopped_by, screen.to_go_on("train", go_on))
+    outputs.keep_adapter(settings.max_steps)
+    mlflow.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
     mlflow.log_metric("train_loss_mean", mean_loss)
-    saver.save(tracking.ADAPTER, settings.max_steps)
+    if outputs.close(FINISHED_SECONDS):
+        outputs.remove()
 
 
 def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTokenizerFast:
@@ -122,31 +140,12 @@ def trainer_settings(params: TrainParams, model: PeftModel, *, rows: int) -> Tra
     )
 
 
-class AdapterSaver:
-    """Logs the adapter as it is now as an artifact folder that register accepts."""
-
-    def __init__(
-        self,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerFast,
-        params: TrainParams,
-        described: DatasetManifest,
-        max_steps: int,
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.params, self.described, self.max_steps = params, described, max_steps
-
-    def save_checkpoint(self, step: int) -> None:
-        """Log `checkpoints/checkpoint-<step>`."""
-        path = f"{tracking.CHECKPOINTS}/checkpoint-{step}"
-        self.save(path, step)
-        print(f"\nCheckpoint: {tracking.artifact_uri(path)}", flush=True)
-
-    def save(self, path: str, step: int) -> None:
-        """Log the adapter after `step` optimizer steps under `path`."""
-        described = AdapterManifest(self.params.quantization, step, self.max_steps, vars(self.described))
-        with tracking.logged_folder(path) as folder:
-            adapter.save(self.model, self.tokenizer, described, folder)
+def recipe(params: TrainParams, settings: TrainingArguments, described: DatasetManifest) -> dict[str, str]:
+    """All that decides what a training learns, `auto` resolved: only with the same one it goes on."""
+    resolved = ("max_steps", "learning_rate", "warmup_steps", "optim")
+    found = {name: value for name, value in vars(params).items() if name not in NO_RECIPE}
+    found |= {name: getattr(settings, name) for name in resolved} | vars(described)
+    return {name: str(value) for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def test_the_manifest_says_what_was_resolved(chain, tiny_base):
     manifest = load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
     counts = manifest.pop("counts")
     assert len(manifest.pop("dataset_digest")) == 64
+    assert "test/data-00000-of-00001.arrow" in manifest.pop("files")
     assert len(manifest.pop("tokenizer_fingerprint")) == 64
     assert manifest == {
         "base_model": str(tiny_base),
@@ -171,6 +172,8 @@ def test_train_logs_adapter_checkpoints_and_a_loss_curve(chain):
     files |= {"tokenizer_config.json"}
     folders = ("adapter", "checkpoints/checkpoint-2", "checkpoints/checkpoint-4")
     expected = {f"{folder}/{name}" for folder in folders for name in files}
+    state = ("recipe.json", "trainer_state.json", "training_state.json", "training_state.safetensors")
+    expected |= {f"{folder}/{name}" for folder in folders[1:] for name in state}
     assert set(artifacts(chain.train)) == expected | {"loss_curve.png"}
 
 
@@ -178,7 +181,8 @@ def test_adapter_and_checkpoints_say_after_how_many_steps_they_were_saved(chain)
     for path, step in (("adapter", 6), ("checkpoints/checkpoint-2", 2), ("checkpoints/checkpoint-4", 4)):
         manifest = load_dict(of_artifact(chain.train, f"{path}/manifest.json"))
         assert (manifest["global_step"], manifest["max_steps"], manifest["quantization"]) == (step, 6, "nf4")
-        assert manifest["dataset"] == load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
+        prepared = load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
+        assert manifest["dataset"] | {"files": prepared["files"]} == prepared
 
 
 def test_training_metrics_have_their_promised_names(chain):

@@ -1,16 +1,15 @@
 """Training: rules behind `auto`, the Trainer's loss and gradients, reports, checkpoints."""
 
 import math
-import os
-import signal
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback
 
 from steps.text2sql import adapter, sql_model, training
+from steps.text2sql.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -54,6 +53,9 @@ def splits(tokenizer, train_rows, validation_rows=1):
     )
 
 
+NO_CHECKPOINTS = Checkpoints(lambda step, write_state: None, save_steps=1_000_000)
+
+
 class Probe(TrainerCallback):
     """Notes losses, gradients and evaluations, and does something at a step or an evaluation."""
 
@@ -81,13 +83,10 @@ class Probe(TrainerCallback):
 def run(model, tokenizer, data, settings, *callbacks):
     """Train; a probe of it comes back."""
     probe = Probe()
-    training.train(model, tokenizer, data, settings=settings, callbacks=[probe, *callbacks])
+    training.train(
+        model, tokenizer, data, settings=settings, callbacks=[probe, *callbacks], checkpoints=NO_CHECKPOINTS
+    )
     return probe
-
-
-def interrupt(at):
-    """Send this process SIGTERM at one step."""
-    return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == at else None
 
 
 # Rules
@@ -200,7 +199,14 @@ def test_loss_falls_on_a_few_rows(model, tokenizer, settings):
 
 def test_the_mean_loss_comes_back(model, tokenizer, settings):
     probe = Probe()
-    mean = training.train(model, tokenizer, splits(tokenizer, 8), settings=settings(3, 4), callbacks=[probe])
+    mean = training.train(
+        model,
+        tokenizer,
+        splits(tokenizer, 8),
+        settings=settings(3, 4),
+        callbacks=[probe],
+        checkpoints=NO_CHECKPOINTS,
+    )
     assert mean == pytest.approx(sum(probe.losses) / 3, rel=1e-4)
 
 
@@ -230,7 +236,7 @@ def reporter(monkeypatch):
     """A reporter of a training with 4 rows a step, what it logged, its clock and the Trainer's state."""
     clock, state, logged = (
         SimpleNamespace(now=100.0),
-        SimpleNamespace(global_step=0, num_input_tokens_seen=0),
+        SimpleNamespace(global_step=0, num_input_tokens_seen=0, log_history=[]),
         [],
     )
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -281,6 +287,15 @@ def test_points_of_both_curves_are_kept(reporter):
     assert (reporter.reporter.train_loss, reporter.reporter.eval_loss) == ([(2, 2.0)], [(2, 3.0)])
 
 
+def test_the_curves_of_a_training_that_goes_on_begin_with_what_it_had_reported(reporter):
+    history = [{"loss": 2.0, "grad_norm": 0.5, "step": 5}, {"eval_loss": 3.0, "step": 5}]
+    reporter.reporter.on_train_begin(
+        None, SimpleNamespace(global_step=5, num_input_tokens_seen=9, log_history=history), None
+    )
+    assert reporter.logged == [(5, {"train_loss": 2.0, "grad_norm": 0.5}), (5, {"eval_loss": 3.0})]
+    assert (reporter.reporter.train_loss, reporter.reporter.eval_loss) == ([(5, 2.0)], [(5, 3.0)])
+
+
 def test_tokens_are_counted_without_padding(model, tokenizer, settings):
     logged = []
     reporter = training.Reporter(lambda metrics, step: logged.append(metrics), batch_size=8)
@@ -288,68 +303,3 @@ def test_tokens_are_counted_without_padding(model, tokenizer, settings):
     run(model, tokenizer, data, settings(1, 8), reporter)
     tokens = sum(map(len, data["train"]["input_ids"]))
     assert logged[0]["tokens_per_second"] / logged[0]["samples_per_second"] == pytest.approx(tokens / 8)
-
-
-# Checkpoints
-
-
-def test_a_checkpoint_is_saved_at_each_save_steps_but_the_last():
-    saved = []
-    checkpoints = training.Checkpoints(saved.append, save_steps=2)
-    for step in range(1, 7):
-        checkpoints.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), TrainerControl())
-    assert saved == [2, 4]
-
-
-def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(model, tokenizer, settings):
-    saved = []
-    checkpoints = training.Checkpoints(saved.append, save_steps=100)
-    with checkpoints.listening():
-        probe = Probe(at_step=interrupt(2))
-        training.train(
-            model, tokenizer, splits(tokenizer, 8), settings=settings(5, 4), callbacks=[probe, checkpoints]
-        )
-    assert saved == [2]
-    assert len(probe.losses) == 2
-    assert checkpoints.stopped_by == "SIGTERM"
-
-
-def test_a_signal_while_validating_ends_the_training_with_a_checkpoint(model, tokenizer, settings):
-    saved = []
-    checkpoints = training.Checkpoints(saved.append, save_steps=100)
-    with checkpoints.listening():
-        probe = Probe(at_evaluation=interrupt(2))
-        training.train(
-            model, tokenizer, splits(tokenizer, 8), settings=settings(6, 4), callbacks=[probe, checkpoints]
-        )
-    assert len(saved) == 1
-    assert saved[0] in (2, 3)
-
-
-def test_a_signal_after_the_last_step_does_not_lose_the_adapter(model, tokenizer, settings):
-    saved = []
-    checkpoints = training.Checkpoints(saved.append, save_steps=100)
-    with checkpoints.listening():
-        probe = Probe(at_evaluation=interrupt(3))
-        training.train(
-            model, tokenizer, splits(tokenizer, 8), settings=settings(3, 4), callbacks=[probe, checkpoints]
-        )
-    # The step raises Interrupted and logs no adapter where `stopped_by` is set.
-    assert saved == [3] or not checkpoints.stopped_by
-
-
-def test_the_second_signal_stops_at_once():
-    checkpoints = training.Checkpoints(lambda step: None, save_steps=100)
-    with checkpoints.listening():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert checkpoints.stopped_by == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_signals_go_back_to_who_had_them():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    checkpoints = training.Checkpoints(lambda step: None, save_steps=100)
-    with checkpoints.listening():
-        assert signal.getsignal(signal.SIGINT) == checkpoints._stop
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 import psutil
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from steps.text2sql import processes
 from steps.text2sql.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -28,13 +29,9 @@ def users_folder() -> Path:
     folder = Path.cwd()
     for process in psutil.Process().parents():
         with suppress(psutil.Error):  # processes of other users cannot be looked at everywhere
-            if _is_mlflow_run(process.cmdline()):
+            if processes.is_mlflow_run(process):
                 folder = Path(process.cwd())
     return folder
-
-
-def _is_mlflow_run(words: list[str]) -> bool:
-    return "run" in words and any(Path(word).name == "mlflow" for word in words[: words.index("run")][-3:])
 
 
 def _absolute(value: str) -> str:
@@ -184,6 +181,10 @@ class TrainParams:
     ]
     save_steps: Annotated[int, Field(ge=1, description="steps between checkpoints")]
     logging_steps: Annotated[int, Field(ge=1, description="steps between points of the loss curve")]
+    keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep")]
+    resume_from: Annotated[
+        str, Field(pattern=r"^[0-9a-f]*$", description="train run to go on with from its newest checkpoint")
+    ]
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,9 @@ SET_BY_MAIN = frozenset({"dataset_uri", "adapter_uri", "model_uri", "version", "
 
 
 class MainParams(NamedTuple):
-    """Checked parameters of main: its own, and the text of those to hand on, by step."""
+    """Checked parameters of main: all as given, its own, and the text of those to hand on, by step."""
 
+    given: dict[str, str]
     own: OwnMainParams
     steps: dict[str, dict[str, str]]
 
@@ -275,7 +277,9 @@ def parse_main(argv: Sequence[str]) -> MainParams:
     values = _checked(others, types, [*_unknown(others, types), *problems])
     own_params = OwnMainParams(**{name: values[name] for name in own})
     return MainParams(
-        own_params, {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
+        given,
+        own_params,
+        {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()},
     )
 
 

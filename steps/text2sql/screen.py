@@ -21,6 +21,11 @@ def step_command(step: str, values: Mapping[str, str]) -> str:
     return shlex.join(words)
 
 
+def to_go_on(step: str, values: Mapping[str, str]) -> str:
+    """What to type after a step was stopped."""
+    return f"To go on:\n  {step_command(step, values)}"
+
+
 def closing(
     *,
     chosen: Mapping[str, str],

@@ -1,27 +1,30 @@
 """The run of a step: names of artifacts, tags and aliases, opening and ending runs, artifact URIs."""
 
+import functools
 import logging
 import os
 import re
-import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
     MLFLOW_PARENT_RUN_ID,
+    MLFLOW_PROJECT_ENTRY_POINT,
     MLFLOW_PROJECT_ENV,
     MLFLOW_SOURCE_NAME,
 )
 
+from steps.text2sql import manifest, processes
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import parse
 
@@ -37,6 +40,8 @@ CHAMPION = "champion"
 
 TAG_FAILURE = "failure_reason"
 TAG_STOPPED_BY = "stopped_by"
+TAG_RESUMED_FROM = "resumed_from"
+TAG_RESUMED_STEP = "resumed_step"
 TAG_MODEL_VERSION = "model_version"
 TAG_MODEL_NAME = "registered_model_name"
 TAG_EVALUATION_RUN = "evaluation_run_id"
@@ -50,8 +55,23 @@ PROJECT = Path(__file__).parents[2]
 Params = TypeVar("Params")
 
 
+class Point(NamedTuple):
+    """Metrics at one optimizer step, and when they were taken, in milliseconds since 1970."""
+
+    metrics: dict[str, float]
+    step: int
+    time_ms: int
+
+
 class Interrupted(Exception):
-    """A signal stopped the step, and what was worth keeping has been logged."""
+    """A signal, named by the message, stopped the step, and what was worth keeping is kept.
+
+    `go_on` says how to go on.
+    """
+
+    def __init__(self, signal_name: str, go_on: str = "") -> None:
+        super().__init__(signal_name)
+        self.go_on = go_on
 
 
 def run_step(
@@ -72,24 +92,26 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
     """See `run_step`; for a body that reads its parameters itself."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _quiet()
-    signal.signal(signal.SIGTERM, _interrupt)
-    mlflow.start_run()
-    try:
-        body()
-    except (UserError, *user_errors) as error:
-        _end("FAILED", TAG_FAILURE, str(error))
-        raise SystemExit(f"\nError: {error}") from error
-    except (KeyboardInterrupt, Interrupted) as error:
-        _end("KILLED", TAG_STOPPED_BY, str(error) or "SIGINT")
-        raise SystemExit(f"\nStopped by {str(error) or 'SIGINT'}.") from error
-    except BaseException as error:
-        _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
-        raise
-    mlflow.end_run()
+    processes.stop_with_launchers()
+    with processes.on_signals(processes.raise_interrupt):
+        mlflow.start_run()
+        try:
+            body()
+        except (UserError, *user_errors) as error:
+            _end("FAILED", TAG_FAILURE, str(error))
+            raise SystemExit(f"\nError: {error}") from error
+        except (KeyboardInterrupt, Interrupted) as error:
+            name = str(error) or "SIGINT"
+            _end("KILLED", TAG_STOPPED_BY, name)
+            raise SystemExit(f"\nStopped by {name}.{_way_on(error)}") from error
+        except BaseException as error:
+            _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
+            raise
+        mlflow.end_run()
 
 
-def _interrupt(number: int, _: Any) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
+def _way_on(error: BaseException) -> str:
+    return f" {error.go_on}" if isinstance(error, Interrupted) and error.go_on else ""
 
 
 def _end(status: str, tag: str, reason: str) -> None:
@@ -97,6 +119,33 @@ def _end(status: str, tag: str, reason: str) -> None:
         mlflow.set_tag(tag, reason[:5000])
     finally:
         mlflow.end_run(status)
+
+
+def end_child(step: str, *, stopped_by: str = "") -> str:
+    """Set the end of this run's newest child `step`, whose process has ended without success.
+
+    MLflow wrote FAILED, whatever the step itself had written; with `stopped_by` it becomes KILLED. The reason
+    of the child's failure comes back.
+    """
+    client = mlflow.MlflowClient()
+    found = client.search_runs(
+        [mlflow.active_run().info.experiment_id],
+        f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id()}' and tags.`{MLFLOW_PROJECT_ENTRY_POINT}` = '{step}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    if not found:  # it was stopped before its run was made
+        return ""
+    [child] = found
+    if stopped_by:
+        client.set_tag(child.info.run_id, TAG_STOPPED_BY, stopped_by)
+        client.set_terminated(child.info.run_id, "KILLED")
+        return ""
+    reason = child.data.tags.get(TAG_FAILURE, "")
+    if not reason:
+        reason = "its process ended without saying why; the system kills one when memory runs out"
+        client.set_tag(child.info.run_id, TAG_FAILURE, reason)
+    return reason
 
 
 def _quiet() -> None:
@@ -134,9 +183,11 @@ def downloaded(uri: str, *, parameter: str, needs: str) -> Iterator[Path]:
     Raises:
         UserError: no such run or artifact, or it is something else.
     """
+    if Path(uri).is_dir():  # the copy would have their contents in the links' places
+        manifest.refuse_links(Path(uri), source=f"{parameter}={uri}")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch))
+            path = download(uri, Path(scratch))
         except (
             MlflowException,
             OSError,
@@ -145,7 +196,21 @@ def downloaded(uri: str, *, parameter: str, needs: str) -> Iterator[Path]:
             raise UserError(f"{parameter}={uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
         if not (path / needs).is_file():
             raise UserError(f"{parameter}={uri}: has no {needs}. {_artifacts_of(uri)}")
+        manifest.check(path, source=f"{parameter}={uri}")
         yield path
+
+
+def download(uri: str, folder: Path) -> Path:
+    """Copy an artifact into a folder; its path there comes back."""
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+
+
+def artifacts(run: str, path: str = "") -> list[str]:
+    """Paths of what lies in an artifact folder of a run; none where there is no such run or folder."""
+    try:
+        return [found.path for found in mlflow.MlflowClient().list_artifacts(run, path or None)]
+    except MlflowException:
+        return []
 
 
 def _artifacts_of(uri: str) -> str:
@@ -165,6 +230,43 @@ def logged_folder(path: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         yield Path(scratch)
         mlflow.log_artifacts(scratch, path)
+
+
+def log_folder(run: str, folder: Path, path: str) -> None:
+    """Log a folder's files as the artifact folder `path` of a run, from any thread."""
+    mlflow.MlflowClient().log_artifacts(run, str(folder), path)
+
+
+def log_points(run: str, points: Sequence[Point]) -> None:
+    """Log points of curves in one request, from any thread."""
+    metrics = [
+        Metric(name, value, point.time_ms, point.step)
+        for point in points
+        for name, value in point.metrics.items()
+    ]
+    mlflow.MlflowClient().log_batch(run, metrics=metrics)
+
+
+def keep_newest(run: str, path: str, keep: int, *, age: Callable[[str], int]) -> None:
+    """Delete all but the `keep` folders of highest `age` in an artifact folder, if its store can delete."""
+    old = sorted(artifacts(run, path), key=age, reverse=True)[keep:]
+    repository = get_artifact_repository(mlflow.get_run(run).info.artifact_uri)
+    try:
+        for folder in old:
+            repository.delete_artifacts(folder)
+    except (MlflowException, NotImplementedError, OSError) as error:
+        _say_once(f"\nOlder {path} stay in the store, which did not delete them: {error}")
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, flush=True)
+
+
+def note_resumed(run: str, step: int) -> None:
+    """Say and keep which run's training this run goes on with, and after how many steps."""
+    print(f"\nGoes on after step {step} of run {run}.", flush=True)
+    mlflow.set_tags({TAG_RESUMED_FROM: run, TAG_RESUMED_STEP: step})
 
 
 def log_choices(**choices: str) -> None:

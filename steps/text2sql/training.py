@@ -1,10 +1,8 @@
 """Training: settings, the Trainer, and what it reports while it runs."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,11 @@ from peft import PeftModel
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
+from steps.text2sql.checkpoints import Checkpoints, ResumableTrainer
 from steps.text2sql.device import peak_memory_gib
 from steps.text2sql.sql_model import pick_device
 
@@ -85,7 +83,7 @@ def arguments(
         eval_strategy="steps",
         eval_steps=math.ceil(steps / EVALUATIONS),
         logging_first_step=True,
-        save_strategy="no",  # its checkpoints hold pickles; see Checkpoints
+        save_strategy="no",  # its checkpoints hold pickles; see checkpoints.py
         report_to=[],  # its MLflow callback drops parameters; see Reporter
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=device == "cuda",
@@ -107,18 +105,22 @@ class Reporter(TrainerCallback):
         self.eval_loss: list[tuple[int, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock; the curves of a training that goes on begin with what it had reported before."""
         self._restart(state)
+        for entry in state.log_history:
+            self._report(entry, entry["step"], {})
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         """Report a point of the loss curve, or a validation loss."""
-        step = state.global_step
+        self._report(logs, state.global_step, self._speed(state) if "loss" in logs else {})
+
+    def _report(self, logs: dict[str, float], step: int, speed: Mapping[str, float]) -> None:
         if "loss" in logs:
             self.train_loss.append((step, logs["loss"]))
             metrics = {"train_loss": logs["loss"]} | {
                 k: logs[k] for k in ("learning_rate", "grad_norm") if k in logs
             }
-            self.log(metrics | self._speed(state), step)
+            self.log(metrics | speed, step)
         if "eval_loss" in logs:
             self.eval_loss.append((step, logs["eval_loss"]))
             self.log({"eval_loss": logs["eval_loss"]}, step)
@@ -145,52 +147,6 @@ class Reporter(TrainerCallback):
         }
 
 
-class Checkpoints(TrainerCallback):
-    """Calls `save` with the step every `save_steps` steps, and once more when a signal stops the training."""
-
-    def __init__(self, save: Callable[[int], None], *, save_steps: int) -> None:
-        self.save = save
-        self.save_steps = save_steps
-        self.stopped_by = ""
-        self.saved_step = 0
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save what a signal after the last step would lose."""
-        if self.stopped_by:
-            self._save(state.global_step)
-
-    def _save(self, step: int) -> None:
-        if step > self.saved_step:
-            self.save(step)
-            self.saved_step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save, and end the training after the current step if a signal came."""
-        if self.stopped_by:
-            control.should_training_stop = True
-        is_last = state.global_step >= state.max_steps
-        if self.stopped_by or (state.global_step % self.save_steps == 0 and not is_last):
-            self._save(state.global_step)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as a wish to stop after the current step; the second stops at once."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: Any) -> None:
-        if self.stopped_by:
-            raise KeyboardInterrupt(self.stopped_by)
-        self.stopped_by = signal.Signals(number).name
-        print(
-            f"\n{self.stopped_by}: saving a checkpoint after this step; once more stops at once.", flush=True
-        )
-
-
 def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -198,6 +154,7 @@ def train(
     *,
     settings: TrainingArguments,
     callbacks: list[TrainerCallback],
+    checkpoints: Checkpoints,
 ) -> float:
     """Train the adapter on `data["train"]`; the mean loss of an answer token comes back.
 
@@ -215,8 +172,9 @@ def train(
     model.config.use_cache = False
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model,
+        checkpoints=checkpoints,
         args=settings,
         train_dataset=rows,
         eval_dataset=validation if len(validation) else None,
@@ -224,4 +182,4 @@ def train(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    return trainer.train().training_loss
+    return trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss

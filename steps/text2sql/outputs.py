@@ -1,0 +1,135 @@
+"""What a training leaves: whole on this machine's disk first, then logged, with the store slow or away."""
+
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+from steps.text2sql import adapter, checkpoints, tracking
+from steps.text2sql.background import Background
+from steps.text2sql.checkpoints import DiskError
+from steps.text2sql.errors import UserError
+from steps.text2sql.manifest import AdapterManifest
+from steps.text2sql.tracking import Point
+
+FINISHED_SECONDS = 300.0
+# A stopped step has 25 seconds in all.
+STOPPED_SECONDS = 10.0
+POINTS_A_REQUEST = 100
+
+
+class Outputs:
+    """Adapter, checkpoints and curves of one run.
+
+    `describe` gives the manifest of the adapter after so many steps; `keep` bounds the checkpoints, on the
+    disk and in the store. Nothing is said to be logged before the store took it.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerFast,
+        describe: Callable[[int], AdapterManifest],
+        *,
+        recipe: dict[str, str],
+        keep: int,
+    ) -> None:
+        self.model, self.tokenizer, self.describe = model, tokenizer, describe
+        self.recipe, self.keep = recipe, keep
+        self.run_id = tracking.run_id()
+        self.folder = checkpoints.run_folder(self.run_id)
+        self.background = Background()
+        self._points: list[Point] = []
+        self._uploading: Path | None = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Log points of curves soon, all of them and in order."""
+        self._points.append(Point(metrics, step, time.time_ns() // 1_000_000))
+        self.background.submit("metrics", self._send_points)
+
+    def _send_points(self) -> None:
+        while batch := self._points[:POINTS_A_REQUEST]:
+            tracking.log_points(self.run_id, batch)
+            del self._points[: len(batch)]
+
+    def save_checkpoint(self, step: int, write_state: Callable[[Path], None]) -> None:
+        """Keep a checkpoint, which register accepts as an adapter; a full disk does not end the training."""
+
+        def fill(folder: Path) -> None:
+            write_state(folder)
+            checkpoints.write_recipe(self.recipe, folder)
+            adapter.save(self.model, self.tokenizer, self.describe(step), folder)
+
+        target = self.folder / f"{checkpoints.PREFIX}{step}"
+        try:
+            checkpoints.write_folder(target, fill)
+        except DiskError as error:
+            print(f"\nNo checkpoint of step {step}, training goes on: {error}", flush=True)
+            return
+        self._remove_old(self.keep)
+        self.background.submit("checkpoint", lambda: self._log_checkpoint(target))
+
+    def _remove_old(self, keep: int) -> None:
+        for old in checkpoints.saved_in(self.folder)[keep:]:
+            if old != self._uploading:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _log_checkpoint(self, folder: Path) -> None:
+        self._uploading = folder
+        if folder.exists():  # else a newer one has taken its place
+            path = f"{tracking.CHECKPOINTS}/{folder.name}"
+            tracking.log_folder(self.run_id, folder, path)
+            # In one piece: the training prints from another thread.
+            print(f"\nCheckpoint: runs:/{self.run_id}/{path}\n", end="", flush=True)
+            tracking.keep_newest(self.run_id, tracking.CHECKPOINTS, self.keep, age=checkpoints.step_of)
+        self._uploading = None
+
+    def keep_adapter(self, step: int) -> None:
+        """Write the adapter to the disk, and log it.
+
+        Raises:
+            UserError: the disk or the store does not take it; naming the folder and the command to log it.
+        """
+        target = self.folder / tracking.ADAPTER
+        try:
+            self._write_adapter(target, step)
+        except DiskError as error:
+            raise UserError(
+                f"the adapter could not be written to {target}: {error}. The newest checkpoint is kept; make "
+                "room, then go on from it with resume_from."
+            ) from error
+        try:
+            tracking.log_folder(self.run_id, target, tracking.ADAPTER)
+        except Exception as error:  # whatever a store raises
+            words = ["mlflow", "artifacts", "log-artifacts", "--local-dir", str(target)]
+            words += ["--run-id", self.run_id, "--artifact-path", tracking.ADAPTER]
+            raise UserError(
+                f"the adapter is trained, but the store did not take it: {error}. It is whole in {target}; "
+                f"log it with:\n  {shlex.join(words)}"
+            ) from error
+
+    def _write_adapter(self, target: Path, step: int) -> None:
+        def fill(folder: Path) -> None:
+            adapter.save(self.model, self.tokenizer, self.describe(step), folder)
+
+        try:
+            checkpoints.write_folder(target, fill)
+        except DiskError:
+            self._remove_old(1)  # the room of older checkpoints is worth less than the adapter
+            checkpoints.write_folder(target, fill)
+
+    def close(self, timeout_seconds: float) -> bool:
+        """Wait until all is logged, at most so long; what is not is said, and stays on the disk."""
+        left = self.background.close(timeout_seconds)
+        if left:
+            kept = ", ".join(path.name for path in checkpoints.saved_in(self.folder)) or "nothing else"
+            print(f"\nNot logged: {', '.join(left)}. On the disk in {self.folder}: {kept}.", flush=True)
+        return not left
+
+    def remove(self) -> None:
+        """Remove what is on this machine's disk, once it is logged."""
+        shutil.rmtree(self.folder, ignore_errors=True)

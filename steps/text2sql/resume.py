@@ -1,0 +1,64 @@
+"""From which checkpoint of which run a training goes on."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from steps.text2sql import checkpoints, tracking
+from steps.text2sql.errors import UserError
+
+
+@contextmanager
+def checkpoint(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
+    """Folder of the newest whole checkpoint of a run, on this machine or in the store; None without a run.
+
+    Raises:
+        UserError: there is none, or its training had another recipe.
+    """
+    if not run_id:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        found = newest_whole(run_id, Path(scratch))
+        if found is None:
+            raise UserError(
+                f"resume_from={run_id}: has no whole checkpoint, neither in the store nor in "
+                f"{checkpoints.run_folder(run_id)}; train from the start, without resume_from."
+            )
+        check_recipe(checkpoints.read_recipe(found), recipe, run_id)
+        tracking.note_resumed(run_id, checkpoints.step_of(found))
+        yield found
+
+
+def newest_whole(run_id: str, scratch: Path) -> Path | None:
+    """The newest checkpoint that is as its manifest says; torn ones are said and passed over."""
+    local = {path.name: path for path in checkpoints.saved_in(checkpoints.run_folder(run_id))}
+    logged = {Path(path).name for path in tracking.artifacts(run_id, tracking.CHECKPOINTS)}
+    for name in sorted(local.keys() | logged, key=checkpoints.step_of, reverse=True):
+        if name in local and checkpoints.is_whole(local[name]):
+            return local[name]
+        if name in logged:
+            folder = tracking.download(f"runs:/{run_id}/{tracking.CHECKPOINTS}/{name}", scratch)
+            if checkpoints.is_whole(folder):
+                return folder
+        print(f"\n{name} of run {run_id} is torn; the one before it is used.", flush=True)
+    return None
+
+
+def check_recipe(saved: Mapping[str, str], recipe: Mapping[str, str], run_id: str) -> None:
+    """Refuse to go on with other values than those that the training began with.
+
+    Raises:
+        UserError: naming each.
+    """
+    changed = [
+        f"{name}={recipe.get(name)} (it was {saved.get(name)})"
+        for name in sorted(saved.keys() | recipe.keys())
+        if saved.get(name) != recipe.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"resume_from={run_id}: was trained with other values: {', '.join(changed)}. Give the same "
+            "ones, or train from the start, without resume_from."
+        )
