@@ -1,12 +1,13 @@
 """The whole chain: one child run a step, each a process of its own, passing artifact URIs."""
 
+import os
 import sys
 
 import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from steps.text2sql import processes, screen, tracking
+from steps.text2sql import processes, resume, reuse, screen, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
@@ -39,15 +40,42 @@ def chain(params: MainParams) -> None:
 
 
 def run_step(step: str, params: MainParams, **found: str) -> Run:
-    """Run a step as a child of this run, in this environment; `found` are values of the steps before.
+    """Run a step as a child of this run, or take a run that finished with the same result.
+
+    `found` are values of the steps before.
+    """
+    values = params.steps[step] | found
+    print(f"\n[{list(CHAIN).index(step) + 1}/{len(CHAIN)}] {step}", flush=True)
+    device = reuse.device_kind()
+    fingerprint = reuse.fingerprint(
+        step,
+        values,
+        upstream={name: tracking.digest_of(uri) for name, uri in found.items() if name.endswith("_uri")},
+        device=device,
+        code=reuse.code_digest(),
+    )
+    reusable = params.own.reuse == "auto" and step not in reuse.ALWAYS_RUN
+    if reusable and not reuse.may_have_moved(step, values, device=device):
+        earlier = tracking.finished_before(step, fingerprint)
+        if earlier:
+            mlflow.set_tag(f"{tracking.TAG_REUSED}{step}", earlier.info.run_id)
+            print(f"  {screen.reused(earlier.info.run_id, earlier.info.end_time)}", flush=True)
+            return earlier
+    if step == "train" and params.own.resume == "auto" and not values.get("resume_from"):
+        unfinished = next(filter(resume.can_go_on, tracking.unfinished_before(fingerprint)), None)
+        values |= {"resume_from": unfinished} if unfinished else {}
+    return start_step(step, values, fingerprint)
+
+
+def start_step(step: str, values: dict[str, str], fingerprint: str) -> Run:
+    """Run a step as a child of this run, in this environment.
 
     Raises:
         UserError: it failed; its own message stands above on the screen.
         tracking.Interrupted: a signal came, and no process of the step is left.
     """
-    values = params.steps[step] | found
-    number = f"{list(CHAIN).index(step) + 1}/{len(CHAIN)}"
-    print(f"\n[{number}] {step}\n  {screen.step_command(step, values)}", flush=True)
+    print(f"  {screen.step_command(step, values)}", flush=True)
+    os.environ[tracking.FINGERPRINT_VARIABLE] = fingerprint
     stopper = processes.Stopper()
     try:
         with stopper.listening():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steps.text2sql import adapter, checkpoints, manifest, sql_model, training
+from steps.text2sql import adapter, checkpoints, manifest, run_folder, sql_model, training
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.manifest import AdapterManifest
 from tests.test_training import Probe, splits
@@ -60,7 +60,7 @@ def trains(tiny_base, tokenizer, tmp_path):
                 (work / "README.md").unlink()
                 manifest.write(AdapterManifest("nf4", step, STEPS, {}), work)
 
-            checkpoints.write_folder(folder / f"checkpoint-{step}", fill)
+            run_folder.write_folder(folder / f"checkpoint-{step}", fill)
 
         callback = Checkpoints(save, save_steps=save_steps, resume_from=resume_from)
         probe = probe or Probe()
@@ -137,7 +137,7 @@ def test_a_checkpoint_holds_safetensors_and_json_alone(trains, tmp_path):
 def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(trains, tmp_path):
     stopped = trains(tmp_path / "stopped", save_steps=100, probe=Probe(at_step=interrupt(2)))
     assert stopped.by == "SIGTERM"
-    [checkpoint] = checkpoints.saved_in(tmp_path / "stopped")
+    [checkpoint] = run_folder.saved_in(tmp_path / "stopped")
     assert checkpoint.name == "checkpoint-2"
     rest = trains(tmp_path / "rest", save_steps=100, resume_from=checkpoint)
     assert same(rest.weights, trains(tmp_path / "whole", save_steps=100).weights)
@@ -146,7 +146,7 @@ def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(trains, tmp
 def test_a_signal_while_validating_ends_the_training_with_a_checkpoint(trains, tmp_path):
     stopped = trains(tmp_path / "stopped", save_steps=100, probe=Probe(at_evaluation=interrupt(3)))
     assert stopped.by == "SIGTERM"
-    assert [path.name for path in checkpoints.saved_in(tmp_path / "stopped")] == ["checkpoint-4"]
+    assert [path.name for path in run_folder.saved_in(tmp_path / "stopped")] == ["checkpoint-4"]
 
 
 def test_a_signal_after_the_last_step_lets_the_training_end(trains, tmp_path):
@@ -209,22 +209,22 @@ def test_values_come_back_with_their_types(tmp_path):
 
 def test_a_folder_that_could_not_be_filled_leaves_nothing_and_the_one_before(tmp_path):
     target = tmp_path / "checkpoint-1"
-    checkpoints.write_folder(target, fill_two)
+    run_folder.write_folder(target, fill_two)
 
     def fails(folder):
         (folder / "b.json").write_text("[")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.write_folder(target, fails)
+        run_folder.write_folder(target, fails)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert checkpoints.is_whole(target)
+    assert run_folder.is_whole(target)
 
 
 def test_checkpoints_are_found_newest_first_by_number_and_unfinished_ones_not(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.part", "checkpoint-x", "adapter"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoints.saved_in(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+    assert [path.name for path in run_folder.saved_in(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_checkpoints_are_found_newest_first_by_number_and_unfinished_ones_not(tm
     ],
 )
 def test_a_torn_or_changed_checkpoint_is_recognised(tmp_path, tear):
-    checkpoints.write_folder(tmp_path / "checkpoint-1", fill_two)
-    assert checkpoints.is_whole(tmp_path / "checkpoint-1")
+    run_folder.write_folder(tmp_path / "checkpoint-1", fill_two)
+    assert run_folder.is_whole(tmp_path / "checkpoint-1")
     tear(tmp_path / "checkpoint-1")
-    assert not checkpoints.is_whole(tmp_path / "checkpoint-1")
+    assert not run_folder.is_whole(tmp_path / "checkpoint-1")

@@ -36,6 +36,8 @@ MAIN = {
     "seed": 42,
     "registered_model_name": "text2sql",
     "promotion": "auto",
+    "resume": "auto",
+    "reuse": "auto",
     "launch": "single",
 }
 

@@ -6,9 +6,7 @@ Trainer's own checkpoints hold pickles, so the methods with which it saves and l
 """
 
 import json
-import os
 import random
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,83 +17,18 @@ import numpy
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from steps.text2sql import adapter, manifest
-from steps.text2sql.errors import UserError
+from steps.text2sql import adapter
 from steps.text2sql.processes import on_signals
 
 STATE = "training_state.json"
 TENSORS = "training_state.safetensors"
-RECIPE = "recipe.json"
-PREFIX = "checkpoint-"
-# What a full or failing disk raises.
-DiskError = (OSError, SafetensorError)
 
 
-# Files
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/text2sql-qlora`, `~/.cache/text2sql-qlora` by default: outlives the process."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "text2sql-qlora"
-
-
-def run_folder(run_id: str) -> Path:
-    """Where a run keeps checkpoints and adapter on this machine until they are logged."""
-    return cache_folder() / "runs" / run_id
-
-
-def step_of(checkpoint: Path | str) -> int:
-    """Optimizer steps after which a checkpoint was saved."""
-    return int(Path(checkpoint).name.removeprefix(PREFIX))
-
-
-def saved_in(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, newest first; nothing of those that were never finished."""
-    found = (path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
-    return sorted(found, key=step_of, reverse=True)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether each file of a checkpoint is as its manifest says."""
-    try:
-        manifest.check(checkpoint, source=checkpoint.name)
-    except UserError:
-        return False
-    return True
-
-
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder that is there whole or, whenever the machine stops, not at all.
-
-    Raises:
-        OSError, SafetensorError: the disk is full or fails; nothing is left of it.
-    """
-    work = target.with_name(f".{target.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        fill(work)
-        for path in (*work.rglob("*"), work):
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
-        _sync(target.parent)
-    except DiskError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# Values
 
 
 class Packer:
@@ -149,16 +82,6 @@ def read_values(folder: Path) -> Any:
     """What `write_values` wrote."""
     packed = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return unpack(packed, load_file(folder / TENSORS))
-
-
-def write_recipe(recipe: Mapping[str, str], folder: Path) -> None:
-    """Write what the training was told, to compare with when it goes on."""
-    (folder / RECIPE).write_text(json.dumps(dict(recipe), indent=2), encoding="utf-8")
-
-
-def read_recipe(folder: Path) -> dict[str, str]:
-    """What `write_recipe` wrote."""
-    return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
 
 
 # State

@@ -9,11 +9,11 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from steps.text2sql import adapter, checkpoints, tracking
+from steps.text2sql import adapter, resume, tracking
 from steps.text2sql.background import Background
-from steps.text2sql.checkpoints import DiskError
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
+from steps.text2sql.run_folder import PREFIX, DiskError, run_folder, saved_in, step_of, write_folder
 from steps.text2sql.tracking import Point
 
 FINISHED_SECONDS = 300.0
@@ -41,7 +41,7 @@ class Outputs:
         self.model, self.tokenizer, self.describe = model, tokenizer, describe
         self.recipe, self.keep = recipe, keep
         self.run_id = tracking.run_id()
-        self.folder = checkpoints.run_folder(self.run_id)
+        self.folder = run_folder(self.run_id)
         self.background = Background()
         self._points: list[Point] = []
         self._uploading: Path | None = None
@@ -61,12 +61,12 @@ class Outputs:
 
         def fill(folder: Path) -> None:
             write_state(folder)
-            checkpoints.write_recipe(self.recipe, folder)
+            resume.write_recipe(self.recipe, folder)
             adapter.save(self.model, self.tokenizer, self.describe(step), folder)
 
-        target = self.folder / f"{checkpoints.PREFIX}{step}"
+        target = self.folder / f"{PREFIX}{step}"
         try:
-            checkpoints.write_folder(target, fill)
+            write_folder(target, fill)
         except DiskError as error:
             print(f"\nNo checkpoint of step {step}, training goes on: {error}", flush=True)
             return
@@ -74,7 +74,7 @@ class Outputs:
         self.background.submit("checkpoint", lambda: self._log_checkpoint(target))
 
     def _remove_old(self, keep: int) -> None:
-        for old in checkpoints.saved_in(self.folder)[keep:]:
+        for old in saved_in(self.folder)[keep:]:
             if old != self._uploading:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -85,7 +85,7 @@ class Outputs:
             tracking.log_folder(self.run_id, folder, path)
             # In one piece: the training prints from another thread.
             print(f"\nCheckpoint: runs:/{self.run_id}/{path}\n", end="", flush=True)
-            tracking.keep_newest(self.run_id, tracking.CHECKPOINTS, self.keep, age=checkpoints.step_of)
+            tracking.keep_newest(self.run_id, tracking.CHECKPOINTS, self.keep, age=step_of)
         self._uploading = None
 
     def keep_adapter(self, step: int) -> None:
@@ -117,16 +117,16 @@ class Outputs:
             adapter.save(self.model, self.tokenizer, self.describe(step), folder)
 
         try:
-            checkpoints.write_folder(target, fill)
+            write_folder(target, fill)
         except DiskError:
             self._remove_old(1)  # the room of older checkpoints is worth less than the adapter
-            checkpoints.write_folder(target, fill)
+            write_folder(target, fill)
 
     def close(self, timeout_seconds: float) -> bool:
         """Wait until all is logged, at most so long; what is not is said, and stays on the disk."""
         left = self.background.close(timeout_seconds)
         if left:
-            kept = ", ".join(path.name for path in checkpoints.saved_in(self.folder)) or "nothing else"
+            kept = ", ".join(path.name for path in saved_in(self.folder)) or "nothing else"
             print(f"\nNot logged: {', '.join(left)}. On the disk in {self.folder}: {kept}.", flush=True)
         return not left
 

@@ -225,6 +225,13 @@ class OwnMainParams:
     """Parameters that belong to main alone; all others belong to the steps."""
 
     promotion: Annotated[Literal["auto", "never"], Field(description="never: register and evaluate only")]
+    resume: Annotated[
+        Literal["auto", "never"],
+        Field(description="auto: go on with an unfinished training of the same inputs"),
+    ]
+    reuse: Annotated[
+        Literal["auto", "never"], Field(description="auto: skip steps that finished with the same inputs")
+    ]
 
 
 CHAIN: dict[str, type] = {

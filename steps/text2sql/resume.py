@@ -1,12 +1,16 @@
 """From which checkpoint of which run a training goes on."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from steps.text2sql import checkpoints, tracking
+from steps.text2sql import tracking
 from steps.text2sql.errors import UserError
+from steps.text2sql.run_folder import is_whole, run_folder, saved_in, step_of
+
+RECIPE = "recipe.json"
 
 
 @contextmanager
@@ -24,23 +28,30 @@ def checkpoint(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
         if found is None:
             raise UserError(
                 f"resume_from={run_id}: has no whole checkpoint, neither in the store nor in "
-                f"{checkpoints.run_folder(run_id)}; train from the start, without resume_from."
+                f"{run_folder(run_id)}; train from the start, without resume_from."
             )
-        check_recipe(checkpoints.read_recipe(found), recipe, run_id)
-        tracking.note_resumed(run_id, checkpoints.step_of(found))
+        check_recipe(read_recipe(found), recipe, run_id)
+        tracking.note_resumed(run_id, step_of(found))
         yield found
+
+
+def can_go_on(run_id: str) -> bool:
+    """Whether a run has a checkpoint that looks whole; those of the store are judged by names and sizes."""
+    return any(map(is_whole, saved_in(run_folder(run_id)))) or any(
+        tracking.is_complete(run_id, path) for path in tracking.artifacts(run_id, tracking.CHECKPOINTS)
+    )
 
 
 def newest_whole(run_id: str, scratch: Path) -> Path | None:
     """The newest checkpoint that is as its manifest says; torn ones are said and passed over."""
-    local = {path.name: path for path in checkpoints.saved_in(checkpoints.run_folder(run_id))}
+    local = {path.name: path for path in saved_in(run_folder(run_id))}
     logged = {Path(path).name for path in tracking.artifacts(run_id, tracking.CHECKPOINTS)}
-    for name in sorted(local.keys() | logged, key=checkpoints.step_of, reverse=True):
-        if name in local and checkpoints.is_whole(local[name]):
+    for name in sorted(local.keys() | logged, key=step_of, reverse=True):
+        if name in local and is_whole(local[name]):
             return local[name]
         if name in logged:
             folder = tracking.download(f"runs:/{run_id}/{tracking.CHECKPOINTS}/{name}", scratch)
-            if checkpoints.is_whole(folder):
+            if is_whole(folder):
                 return folder
         print(f"\n{name} of run {run_id} is torn; the one before it is used.", flush=True)
     return None
@@ -62,3 +73,13 @@ def check_recipe(saved: Mapping[str, str], recipe: Mapping[str, str], run_id: st
             f"resume_from={run_id}: was trained with other values: {', '.join(changed)}. Give the same "
             "ones, or train from the start, without resume_from."
         )
+
+
+def write_recipe(recipe: Mapping[str, str], folder: Path) -> None:
+    """Write into a checkpoint what its training was told."""
+    (folder / RECIPE).write_text(json.dumps(dict(recipe), indent=2), encoding="utf-8")
+
+
+def read_recipe(folder: Path) -> dict[str, str]:
+    """What `write_recipe` wrote."""
+    return json.loads((folder / RECIPE).read_text(encoding="utf-8"))

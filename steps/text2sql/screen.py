@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from steps.text2sql import scoring, tracking
 
@@ -19,6 +20,15 @@ def step_command(step: str, values: Mapping[str, str]) -> str:
     words += [tracking.env_manager(), "-e", step]
     words += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
     return shlex.join(words)
+
+
+def reused(run_id: str, end_time_ms: int) -> str:
+    """That a step is not run again, and how to have it run."""
+    ended = datetime.fromtimestamp(end_time_ms / 1000).strftime("%Y-%m-%d %H:%M")
+    return (
+        f"reused: run {run_id} of {ended} had the same values, inputs, code and device "
+        "(-P reuse=never runs it again)"
+    )
 
 
 def to_go_on(step: str, values: Mapping[str, str]) -> str:

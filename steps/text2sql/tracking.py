@@ -1,6 +1,7 @@
 """The run of a step: names of artifacts, tags and aliases, opening and ending runs, artifact URIs."""
 
 import functools
+import json
 import logging
 import os
 import re
@@ -40,6 +41,8 @@ CHAMPION = "champion"
 
 TAG_FAILURE = "failure_reason"
 TAG_STOPPED_BY = "stopped_by"
+TAG_FINGERPRINT = "fingerprint"
+TAG_REUSED = "reused_"
 TAG_RESUMED_FROM = "resumed_from"
 TAG_RESUMED_STEP = "resumed_step"
 TAG_MODEL_VERSION = "model_version"
@@ -51,6 +54,8 @@ TAG_PROMOTED = "promoted"
 TAG_GATE_REASON = "gate_reason"
 CHOSEN = "chosen"
 
+# main tells a step its fingerprint so that the run has it from its start, however it ends.
+FINGERPRINT_VARIABLE = "TEXT2SQL_FINGERPRINT"
 PROJECT = Path(__file__).parents[2]
 Params = TypeVar("Params")
 
@@ -96,6 +101,8 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
     with processes.on_signals(processes.raise_interrupt):
         mlflow.start_run()
         try:
+            if FINGERPRINT_VARIABLE in os.environ:
+                mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
             body()
         except (UserError, *user_errors) as error:
             _end("FAILED", TAG_FAILURE, str(error))
@@ -211,6 +218,74 @@ def artifacts(run: str, path: str = "") -> list[str]:
         return [found.path for found in mlflow.MlflowClient().list_artifacts(run, path or None)]
     except MlflowException:
         return []
+
+
+def is_complete(run: str, path: str) -> bool:
+    """Whether a logged folder with a manifest has every file that it names, by name and size."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            file = download(f"runs:/{run}/{path}/{manifest.FILE}", Path(scratch))
+            expected = json.loads(file.read_text(encoding="utf-8"))[manifest.FILES]
+            sizes = dict(_sizes(run, path))
+        except (MlflowException, OSError, ValueError, KeyError):
+            return False
+    return all(sizes.get(f"{path}/{name}") == one["bytes"] for name, one in expected.items())
+
+
+def _sizes(run: str, path: str) -> Iterator[tuple[str, int]]:
+    for found in mlflow.MlflowClient().list_artifacts(run, path):
+        if found.is_dir:
+            yield from _sizes(run, found.path)
+        else:
+            yield found.path, found.file_size
+
+
+def digest_of(uri: str) -> str:
+    """What names a result for good: the SHA-256 of a folder's manifest, a version with its source."""
+    if uri.startswith("models:/"):
+        return f"{uri} {model_version(*uri.removeprefix('models:/').split('/')).source}"
+    with tempfile.TemporaryDirectory() as scratch:
+        return manifest.sha256(download(f"{uri}/{manifest.FILE}", Path(scratch)))
+
+
+def finished_before(step: str, fingerprint: str) -> Run | None:
+    """The newest run with this fingerprint that had finished when this one began, if its results remain."""
+    found = _with_fingerprint(fingerprint, "attributes.status = 'FINISHED'")
+    began = mlflow.active_run().info.start_time
+    return next((run for run in found if run.info.end_time < began and _remains(step, run)), None)
+
+
+def unfinished_before(fingerprint: str) -> list[str]:
+    """Ids of runs with this fingerprint that began before this run and did not finish, newest first."""
+    found = _with_fingerprint(fingerprint, "attributes.status != 'FINISHED'")
+    began = mlflow.active_run().info.start_time
+    return [run.info.run_id for run in found if run.info.start_time < began]
+
+
+def _with_fingerprint(fingerprint: str, status: str) -> list[Run]:
+    return mlflow.MlflowClient().search_runs(
+        [mlflow.active_run().info.experiment_id],
+        f"tags.{TAG_FINGERPRINT} = '{fingerprint}' and {status}",
+        order_by=["attributes.start_time DESC"],
+    )
+
+
+def _remains(step: str, run: Run) -> bool:
+    run_id = run.info.run_id
+    if step == "register":
+        return _is_registered(run)
+    if step == "evaluate":
+        return PREDICTIONS in artifacts(run_id)
+    return is_complete(run_id, {"prepare_data": DATASET, "train": ADAPTER}[step])
+
+
+def _is_registered(run: Run) -> bool:
+    """Whether the version that a run registered is still that very one; a name can be made anew."""
+    try:
+        version = model_version(run.data.tags[TAG_MODEL_NAME], run.data.tags[TAG_MODEL_VERSION])
+    except (UserError, KeyError):
+        return False
+    return version.run_id == run.info.run_id
 
 
 def _artifacts_of(uri: str) -> str:

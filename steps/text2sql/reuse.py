@@ -1,0 +1,95 @@
+"""What a step's result depends on, as one fingerprint: with the same one it need not run again."""
+
+import functools
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steps.text2sql import manifest
+from steps.text2sql.params import CHAIN, SET_BY_MAIN, parse
+
+PROJECT = Path(__file__).parents[2]
+ALWAYS_RUN = {"promote"}
+# Where a training goes on, and how many checkpoints it leaves, does not change its result.
+WITHOUT_EFFECT = {"resume_from", "keep_checkpoints"}
+# In a process of its own: main does not load torch.
+ASK_DEVICE = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'cpu')"
+
+
+def fingerprint(
+    step: str, values: Mapping[str, str], *, upstream: Mapping[str, str], device: str, code: str
+) -> str:
+    """SHA-256 of all that decides what a step makes, 64 hexadecimal digits.
+
+    `values` are those that main gives; the others have their defaults of MLproject. `upstream` are digests of
+    the artifacts that the values of `SET_BY_MAIN` name. Files and folders count by their contents.
+    """
+    own = {name: value for name, value in resolved(step, values).items() if name not in SET_BY_MAIN}
+    used = {name: _content(value) for name, value in own.items() if name not in WITHOUT_EFFECT}
+    return _digest([step, used, dict(upstream), device, code])
+
+
+def resolved(step: str, values: Mapping[str, str]) -> dict[str, Any]:
+    """Typed values of a step, those that main does not give by their defaults in MLproject."""
+    declared = yaml.safe_load((PROJECT / "MLproject").read_text(encoding="utf-8"))["entry_points"][step]
+    defaults = {n: str(p["default"]) for n, p in declared["parameters"].items() if "default" in p}
+    words = [word for name, value in (defaults | dict(values)).items() for word in (f"--{name}", value)]
+    return vars(parse(CHAIN[step], words))
+
+
+def code_digest(project: Path = PROJECT) -> str:
+    """SHA-256 of `steps/` and `python_env.yaml`, whatever the commit says."""
+    files = [
+        path for path in (project / "steps").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    files.append(project / "python_env.yaml")
+    return _digest({path.relative_to(project).as_posix(): manifest.sha256(path) for path in files})
+
+
+def may_have_moved(step: str, values: Mapping[str, str], *, device: str) -> bool:
+    """Whether a value names a state of the hub that only prepare_data can look up."""
+    if step != "prepare_data":
+        return False
+    here = {"auto", "sample", "smollm2-135m"}
+    names = [value for name, value in values.items() if name in ("base_model", "dataset")]
+    on_hub = [value for value in names if value not in here and not Path(value).is_absolute()]
+    unpinned = [value for value in on_hub if not re.search("@[0-9a-f]{40}$", value)]
+    return bool(unpinned) or (values["base_model"] == "auto" and device != "cpu")
+
+
+@functools.cache
+def device_kind() -> str:
+    """`cpu` or the name of the GPU, asked in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_DEVICE], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def _content(value: Any) -> Any:
+    """A value, with the state of the file or folder that it names.
+
+    Weights count by name, size and time: reading a large base would take minutes.
+    """
+    path = Path(str(value))
+    if not path.is_absolute() or not path.exists():
+        return value
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [str(value), [[file.relative_to(path).as_posix(), _state(file)] for file in files]]
+
+
+def _state(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return [file.stat().st_size, file.stat().st_mtime_ns]
+    return manifest.sha256(file)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
