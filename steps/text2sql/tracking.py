@@ -1,6 +1,7 @@
 """The run of a step: names of artifacts, tags and aliases, opening and ending runs, artifact URIs."""
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import mlflow
 from mlflow.entities import Metric, Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import (
@@ -222,13 +224,11 @@ def artifacts(run: str, path: str = "") -> list[str]:
 
 def is_complete(run: str, path: str) -> bool:
     """Whether a logged folder with a manifest has every file that it names, by name and size."""
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            file = download(f"runs:/{run}/{path}/{manifest.FILE}", Path(scratch))
-            expected = json.loads(file.read_text(encoding="utf-8"))[manifest.FILES]
-            sizes = dict(_sizes(run, path))
-        except (MlflowException, OSError, ValueError, KeyError):
-            return False
+    try:
+        expected = json.loads(_manifest_of(f"runs:/{run}/{path}"))[manifest.FILES]
+        sizes = dict(_sizes(run, path))
+    except (MlflowException, OSError, ValueError, KeyError):
+        return False
     return all(sizes.get(f"{path}/{name}") == one["bytes"] for name, one in expected.items())
 
 
@@ -244,8 +244,16 @@ def digest_of(uri: str) -> str:
     """What names a result for good: the SHA-256 of a folder's manifest, a version with its source."""
     if uri.startswith("models:/"):
         return f"{uri} {model_version(*uri.removeprefix('models:/').split('/')).source}"
-    with tempfile.TemporaryDirectory() as scratch:
-        return manifest.sha256(download(f"{uri}/{manifest.FILE}", Path(scratch)))
+    return hashlib.sha256(_manifest_of(uri)).hexdigest()
+
+
+def _manifest_of(uri: str) -> bytes:
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # for a file of a few kilobytes
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            return download(f"{uri}/{manifest.FILE}", Path(scratch)).read_bytes()
+    finally:
+        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.unset()
 
 
 def finished_before(step: str, fingerprint: str) -> Run | None:

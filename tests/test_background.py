@@ -1,0 +1,60 @@
+"""Work for a store that is slow or away."""
+
+import threading
+
+from steps.text2sql.background import Background
+
+LIMIT_SECONDS = 30
+
+
+def test_tasks_are_done_in_their_order_and_waited_for():
+    done = []
+    background = Background()
+    for name in "abc":
+        background.submit(name, lambda name=name: done.append(name))
+    assert background.close(LIMIT_SECONDS) == []
+    assert done == ["a", "b", "c"]
+
+
+def test_a_task_that_fails_is_tried_again_until_it_is_done_and_said_once(caplog):
+    tries = []
+
+    def fails_three_times():
+        tries.append(1)
+        if len(tries) <= 3:
+            raise ConnectionError("away")
+
+    background = Background(first_pause_seconds=0.001)
+    background.submit("metrics", fails_three_times)
+    assert background.close(LIMIT_SECONDS) == []
+    assert len(tries) == 4
+    said = [record.message for record in caplog.records]
+    assert [text for text in said if "away" in text] == said[:1]
+
+
+def test_what_is_not_done_is_named():
+    def fails():
+        raise ConnectionError("away")
+
+    background = Background(first_pause_seconds=0.001)
+    background.submit("checkpoint", fails)
+    assert background.close(0.05) == ["checkpoint"]
+
+
+def test_a_task_that_hangs_is_named():
+    hang = threading.Event()
+    background = Background()
+    background.submit("checkpoint", hang.wait)
+    assert background.close(0.05) == ["checkpoint"]
+    hang.set()
+
+
+def test_a_newer_task_takes_the_place_of_one_that_waits():
+    done, begin = [], threading.Event()
+    background = Background()
+    background.submit("first", lambda: begin.wait(LIMIT_SECONDS))
+    for number in range(3):
+        background.submit("checkpoint", lambda number=number: done.append(number))
+    begin.set()
+    assert background.close(LIMIT_SECONDS) == []
+    assert done == [2]
