@@ -15,7 +15,7 @@ from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
-from steps.text2sql.outputs import FINISHED_SECONDS, STOPPED_SECONDS, Outputs
+from steps.text2sql.outputs import Outputs
 from steps.text2sql.params import TrainParams
 from steps.text2sql.sql_model import (
     BaseModelError,
@@ -42,13 +42,24 @@ def main(params: TrainParams) -> None:
     settings = trainer_settings(params, model, rows=len(data["train"]))
     tracking.log_settings("trainer", settings.to_dict())
 
-    outputs = Outputs(
+    with Outputs(
         model,
         tokenizer,
         lambda step: AdapterManifest(params.quantization, step, settings.max_steps, vars(described)),
         recipe=recipe(params, settings, described),
         keep=params.keep_checkpoints,
-    )
+    ) as outputs:
+        fit(params, settings, outputs, data)
+
+
+def fit(
+    params: TrainParams, settings: TrainingArguments, outputs: Outputs, data: datasets.DatasetDict
+) -> None:
+    """Train from the start or from a checkpoint, and keep adapter and curves.
+
+    Raises:
+        tracking.Interrupted: a signal came; there is a checkpoint of the last step.
+    """
     reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size)
     with resume.checkpoint(params.resume_from, outputs.recipe) as resume_from:
         checkpoints = Checkpoints(
@@ -56,17 +67,19 @@ def main(params: TrainParams) -> None:
         )
         with checkpoints.listening():
             mean_loss = training.train(
-                model, tokenizer, data, settings=settings, callbacks=[reporter], checkpoints=checkpoints
+                outputs.model,
+                outputs.tokenizer,
+                data,
+                settings=settings,
+                callbacks=[reporter],
+                checkpoints=checkpoints,
             )
     if checkpoints.stopped_by:
-        outputs.close(STOPPED_SECONDS)
         go_on = {name: str(value) for name, value in vars(params).items()} | {"resume_from": outputs.run_id}
         raise tracking.Interrupted(checkpoints.stopped_by, screen.to_go_on("train", go_on))
     outputs.keep_adapter(settings.max_steps)
     mlflow.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
     mlflow.log_metric("train_loss_mean", mean_loss)
-    if outputs.close(FINISHED_SECONDS):
-        outputs.remove()
 
 
 def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTokenizerFast:

@@ -17,6 +17,8 @@ from steps.text2sql import tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.tracking import downloaded, log_settings, model_version, run_in_run
 
+NO_FILES = '{"files": {}}'
+
 
 @dataclass(frozen=True)
 class OneNumber:
@@ -76,7 +78,7 @@ def exit_text(body: Callable[[], None], **kwargs: object) -> str:
 def run_with_files(store: str) -> str:
     """Id of a run with the artifacts `dataset/manifest.json` and `notes.txt`."""
     with mlflow.start_run() as run:
-        mlflow.log_text("{}", "dataset/manifest.json")
+        mlflow.log_text(NO_FILES, "dataset/manifest.json")
         mlflow.log_text("hello", "notes.txt")
     return run.info.run_id
 
@@ -246,7 +248,7 @@ def refusal(uri: str, needs: str = "manifest.json") -> str:
 def test_an_artifact_folder_is_there_inside_the_block_and_gone_after_it(run_with_files, scratch):
     uri = f"runs:/{run_with_files}/dataset"
     with downloaded(uri, parameter="dataset_uri", needs="manifest.json") as folder:
-        assert (folder / "manifest.json").read_text() == "{}"
+        assert (folder / "manifest.json").read_text() == NO_FILES
         assert folder.is_relative_to(scratch)
     assert list(scratch.iterdir()) == []
 
@@ -266,10 +268,10 @@ def test_an_error_inside_the_block_stays_what_it_is_and_nothing_is_left(run_with
 def test_a_folder_of_the_users_is_copied_and_stays(name, tmp_path, scratch):
     source = tmp_path / name
     source.mkdir()
-    (source / "manifest.json").write_text("{}")
+    (source / "manifest.json").write_text(NO_FILES)
     with downloaded(str(source), parameter="dataset_uri", needs="manifest.json") as folder:
         (folder / "manifest.json").unlink()
-    assert (source / "manifest.json").read_text() == "{}"
+    assert (source / "manifest.json").read_text() == NO_FILES
 
 
 @pytest.mark.usefixtures("store")

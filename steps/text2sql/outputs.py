@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +27,8 @@ class Outputs:
     """Adapter, checkpoints and curves of one run.
 
     `describe` gives the manifest of the adapter after so many steps; `keep` bounds the checkpoints, on the
-    disk and in the store. Nothing is said to be logged before the store took it.
+    disk and in the store. Nothing is said to be logged before the store took it. A context manager: its end
+    waits for the store.
     """
 
     def __init__(
@@ -122,13 +124,17 @@ class Outputs:
             self._remove_old(1)  # the room of older checkpoints is worth less than the adapter
             write_folder(target, fill)
 
-    def close(self, timeout_seconds: float) -> bool:
-        """Wait until all is logged, at most so long; what is not is said, and stays on the disk."""
-        left = self.background.close(timeout_seconds)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait until all is logged; what the store does not take in time is said, and stays on the disk."""
+        left = self.background.close(STOPPED_SECONDS if kind else FINISHED_SECONDS)
         if left:
-            kept = ", ".join(path.name for path in saved_in(self.folder)) or "nothing else"
+            kept = ", ".join(path.name for path in saved_in(self.folder)) or "no checkpoint"
             print(f"\nNot logged: {', '.join(left)}. On the disk in {self.folder}: {kept}.", flush=True)
-        return not left
+        elif kind is None:
+            self.remove()
 
     def remove(self) -> None:
         """Remove what is on this machine's disk, once it is logged."""

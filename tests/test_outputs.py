@@ -1,0 +1,241 @@
+"""Faults while a training runs: full disks, a store that refuses, a server that goes away, changed files."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.artifacts import download_artifacts
+
+from steps.text2sql import adapter, outputs, tracking
+from steps.text2sql.run_folder import is_whole, run_folder, saved_in
+from tests.conftest import (
+    PROJECT,
+    QUICK,
+    call_step,
+    defaults,
+    failure,
+    plain_rows,
+    tracking_at,
+    words,
+    write_jsonl,
+)
+from tests.test_mlflow_run import environment, wait_for
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own, for the processes that it starts too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def dataset_uri(store, tiny_base, tmp_path):
+    """A prepared dataset of plain rows in a fresh store."""
+    file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
+    return f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def refuses(*_, **__):
+    raise PermissionError("the store refuses")
+
+
+def test_a_full_disk_costs_the_checkpoints_and_not_the_training(dataset_uri, monkeypatch, capsys):
+    save, made = adapter.save, []
+
+    def save_the_last(model, tokenizer, described, folder):
+        made.append(described.global_step)
+        if described.global_step < QUICK["max_steps"]:
+            full_disk()
+        save(model, tokenizer, described, folder)
+
+    monkeypatch.setattr(adapter, "save", save_the_last)
+    run = call_step("train", dataset_uri=dataset_uri, **QUICK)
+    assert made == [2, 4, 6]
+    assert run.info.status == "FINISHED"
+    assert {found.path for found in mlflow.MlflowClient().list_artifacts(run.info.run_id)} >= {"adapter"}
+    printed = capsys.readouterr().out
+    assert "No checkpoint of step 2, training goes on: [Errno 28] No space left on device" in printed
+    assert "Checkpoint: " not in printed
+
+
+def test_a_disk_too_full_for_the_adapter_is_said_and_a_checkpoint_kept(dataset_uri, monkeypatch):
+    save = adapter.save
+
+    def save_all_but_the_last(model, tokenizer, described, folder):
+        if described.global_step == QUICK["max_steps"]:
+            full_disk()
+        save(model, tokenizer, described, folder)
+
+    monkeypatch.setattr(adapter, "save", save_all_but_the_last)
+    message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
+    assert "the adapter could not be written to" in message
+    assert "resume_from" in message
+    [kept] = saved_in(run_folder(run.info.run_id))
+    assert (kept.name, is_whole(kept)) == ("checkpoint-4", True)
+
+
+def test_a_store_that_refuses_leaves_the_adapter_on_the_disk_and_says_how_to_log_it(
+    dataset_uri, monkeypatch, capsys
+):
+    monkeypatch.setattr(tracking, "log_folder", refuses)
+    monkeypatch.setattr(outputs, "STOPPED_SECONDS", 0.1)
+    message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
+    folder = run_folder(run.info.run_id) / "adapter"
+    assert is_whole(folder)
+    assert "the store did not take it: the store refuses" in message
+    command = message.splitlines()[-1].split()
+    assert command[:3] == ["mlflow", "artifacts", "log-artifacts"]
+    assert "Checkpoint: " not in capsys.readouterr().out
+    names = [found.path for found in mlflow.MlflowClient().list_artifacts(run.info.run_id)]
+    assert not {"adapter", "checkpoints"} & set(names)
+    subprocess.run(command, env=environment(MLFLOW_TRACKING_URI=mlflow.get_tracking_uri()), check=True)
+    assert is_whole(Path(download_artifacts(f"runs:/{run.info.run_id}/adapter")))
+
+
+@pytest.fixture
+def copied(chain, tmp_path):
+    """Copies of dataset and adapter that a test may change, by the parameter that names them."""
+    return {
+        name: Path(download_artifacts(uri, dst_path=tmp_path / name))
+        for name, uri in (("dataset_uri", chain.dataset_uri), ("adapter_uri", chain.adapter_uri))
+    }
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("step", "name", "file"),
+    [
+        ("train", "dataset_uri", "train/data-00000-of-00001.arrow"),
+        ("evaluate", "dataset_uri", "test/data-00000-of-00001.arrow"),
+        ("register", "adapter_uri", "adapter_model.safetensors"),
+        ("register", "adapter_uri", "tokenizer.json"),
+        ("register", "dataset_uri", "validation/dataset_info.json"),
+    ],
+)
+def test_a_changed_byte_is_an_error_that_names_the_file(copied, step, name, file):
+    flip(copied[name] / file)
+    values = {"dataset_uri": copied["dataset_uri"]}
+    values |= {
+        "register": {"adapter_uri": copied["adapter_uri"]},
+        "evaluate": {"model_uri": "models:/text2sql/1"},
+    }.get(step, {})
+    message, run = failure(step, **values)
+    assert f"{name}={copied[name]}: {file} was changed" in message
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "more/adapter_model.pkl", "__init__.py"])
+def test_a_file_that_the_manifest_does_not_name_is_refused(copied, name):
+    extra = copied["adapter_uri"] / name
+    extra.parent.mkdir(exist_ok=True)
+    extra.write_bytes(b"x")
+    message, _ = failure("register", **copied)
+    assert f"{name} is not named by its manifest.json" in message
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../secret", "tokenizer.json", "/"])
+def test_a_symbolic_link_is_refused(copied, target):
+    (copied["adapter_uri"] / "link").symlink_to(target)
+    message, _ = failure("register", **copied)
+    assert "has symbolic links, which are not followed: link" in message
+
+
+def test_a_manifest_without_digests_is_refused(copied):
+    (copied["adapter_uri"] / "manifest.json").write_text("{}")
+    message, _ = failure("register", **copied)
+    assert "its manifest.json has no digests" in message
+
+
+class Server:
+    """An MLflow server on SQLite that can go away and come back at its address."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        log = self.folder / "server.log"
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=environment(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        wait_for(f"{self.url}/health", self.process, log)
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server that runs."""
+    found = Server(tmp_path)
+    found.start()
+    yield found
+    found.stop()
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_then(
+    server, tiny_base, tmp_path
+):
+    rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
+    with tracking_at(server.url):
+        prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
+        dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
+        values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 1500, "save_steps": 50}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "steps.train", *words(values)],
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("Checkpoint: "):
+                break
+        server.stop()
+        run_id = printed[-1].split("/")[1]
+        # Five seconds, and as long as it takes to see that training goes on without the server.
+        seen, away = set(saved_in(run_folder(run_id))), time.monotonic()
+        while time.monotonic() < away + 5 or not set(saved_in(run_folder(run_id))) - seen:
+            assert time.monotonic() < away + 60, "no checkpoint was written while the server was away"
+            time.sleep(0.1)
+        server.start()
+        rest = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, rest
+        run = mlflow.get_run(run_id)
+        assert run.info.status == "FINISHED"
+        points = mlflow.MlflowClient().get_metric_history(run_id, "train_loss")
+        assert [point.step for point in points] == list(range(1, 1501))
+        names = {found.path for found in mlflow.MlflowClient().list_artifacts(run_id)}
+        assert names == {"adapter", "checkpoints", "loss_curve.png"}
+        assert is_whole(Path(download_artifacts(f"runs:/{run_id}/adapter", dst_path=tmp_path)))
