@@ -48,8 +48,8 @@ def register(model_uri: str, described: AdapterManifest, params: RegisterParams)
         "git_commit": tracking.git_commit(),
         "global_step": str(described.global_step),
     }
-    version = mlflow.register_model(model_uri, params.registered_model_name, tags=tags)
-    mlflow.MlflowClient().set_registered_model_alias(version.name, tracking.CHALLENGER, version.version)
+    version = tracking.register_version(model_uri, params.registered_model_name, tags)
+    tracking.point_to_newest(version.name, tracking.CHALLENGER)
     mlflow.set_tags({tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version})
     return version
 

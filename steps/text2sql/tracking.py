@@ -5,9 +5,11 @@ import hashlib
 import json
 import logging
 import os
+import random
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +40,7 @@ CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.json"
 MODEL = "model"
 
+REGISTER_TRIES = 10
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 
@@ -406,6 +409,37 @@ def project_version() -> list[str]:
 
 def _tags() -> dict[str, str]:
     return mlflow.get_run(run_id()).data.tags
+
+
+def register_version(model_uri: str, name: str, tags: Mapping[str, str]) -> ModelVersion:
+    """Register a logged model, also while others register versions of the same name.
+
+    MLflow takes the next free number and, where others take it first, gives up after three tries of its own.
+
+    Raises:
+        MlflowException: it failed `REGISTER_TRIES` times.
+    """
+    for left in reversed(range(REGISTER_TRIES)):
+        try:
+            return mlflow.register_model(model_uri, name, tags=dict(tags))
+        except MlflowException:
+            if not left:
+                raise
+            time.sleep(random.uniform(0, 1))
+    raise AssertionError("not reached")
+
+
+def point_to_newest(name: str, alias: str) -> None:
+    """Set an alias to the newest version; looking again afterwards, so that the last of several is right."""
+    client = mlflow.MlflowClient()
+    pointed, newest = 0, _newest(name)
+    while pointed != newest:
+        client.set_registered_model_alias(name, alias, str(newest))
+        pointed, newest = newest, _newest(name)
+
+
+def _newest(name: str) -> int:
+    return max(int(one.version) for one in mlflow.MlflowClient().search_model_versions(f'name = "{name}"'))
 
 
 def model_version(name: str, version: int | str) -> ModelVersion:
