@@ -1,5 +1,6 @@
 """Fine-tune the quantized base with LoRA on a prepared dataset."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.outputs import Outputs
 from steps.text2sql.params import TrainParams
+from steps.text2sql.run_folder import run_folder
 from steps.text2sql.sql_model import (
     BaseModelError,
     load_base,
@@ -50,6 +52,8 @@ def main(params: TrainParams) -> None:
         keep=params.keep_checkpoints,
     ) as outputs:
         fit(params, settings, outputs, data)
+    if params.resume_from:  # what it left on this machine is not needed any more
+        shutil.rmtree(run_folder(params.resume_from), ignore_errors=True)
 
 
 def fit(

@@ -1,5 +1,6 @@
 """Stopping a training from outside: what was learned is kept, and can be registered."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ def dataset_uri(store, tiny_base, tmp_path):
 
 
 @pytest.fixture
-def training(dataset_uri):
+def training(dataset_uri, tmp_path):
     """A training that would take hours, as a process."""
     values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 1_000_000}
     process = subprocess.Popen(
         [sys.executable, "-m", "steps.train", *words(values)],
         cwd=PROJECT,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

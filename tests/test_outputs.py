@@ -209,7 +209,7 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
     with tracking_at(server.url):
         prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
         dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
-        values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 1500, "save_steps": 50}
+        values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 700, "save_steps": 50}
         process = subprocess.Popen(
             [sys.executable, "-m", "steps.train", *words(values)],
             cwd=PROJECT,
@@ -235,7 +235,7 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
         run = mlflow.get_run(run_id)
         assert run.info.status == "FINISHED"
         points = mlflow.MlflowClient().get_metric_history(run_id, "train_loss")
-        assert [point.step for point in points] == list(range(1, 1501))
+        assert [point.step for point in points] == list(range(1, 701))
         names = {found.path for found in mlflow.MlflowClient().list_artifacts(run_id)}
         assert names == {"adapter", "checkpoints", "loss_curve.png"}
         assert is_whole(Path(download_artifacts(f"runs:/{run_id}/adapter", dst_path=tmp_path)))

@@ -33,7 +33,9 @@ def pipeline(stopped_store, tiny_base, tmp_path):
     process = subprocess.Popen(
         ["mlflow", "run", str(PROJECT), "--env-manager", "local", *words],
         cwd=tmp_path,
-        env=environment(MLFLOW_TRACKING_URI=stopped_store, OMP_NUM_THREADS="1"),
+        env=environment(
+            MLFLOW_TRACKING_URI=stopped_store, OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(tmp_path / "cache")
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,0 +1,104 @@
+"""Stopping the processes of a run, and noticing that its launcher is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from steps.text2sql import processes
+
+DEAF = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+)
+# A process with a child of its own, as a step may have one.
+FAMILY = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {DEAF!r}])"
+# Ends when SIGTERM comes from its watch, which looks at the process above it.
+WATCHER = """\
+import os, sys, time
+import psutil
+from steps.text2sql import processes
+processes.launchers = lambda: [psutil.Process(os.getppid())]
+processes.stop_with_launchers()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+LIMIT_SECONDS = 60
+
+
+@pytest.fixture
+def family():
+    """A process and its child, which both take no SIGTERM; the child is ready."""
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + FAMILY
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    found = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    assert len(found) == 2
+    yield process, found
+    for one in found:
+        if one.is_running():
+            one.kill()
+    process.communicate()
+
+
+def test_what_does_not_end_in_time_is_killed_with_its_children(family):
+    process, members = family
+    stopper = processes.Stopper(grace_seconds=0.2)
+    with stopper.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        process.wait(timeout=LIMIT_SECONDS)
+    assert stopper.stopped_by == "SIGTERM"
+    assert not any(processes._is_alive(one) for one in members)
+
+
+def test_a_second_ctrl_c_kills_at_once_and_a_second_sigterm_does_not(family):
+    process, members = family
+    stopper = processes.Stopper(grace_seconds=10_000)
+    with stopper.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        os.kill(os.getpid(), signal.SIGINT)
+        process.wait(timeout=LIMIT_SECONDS)
+    assert stopper.stopped_by == "SIGINT"
+    assert not any(processes._is_alive(one) for one in members)
+
+
+def test_without_a_signal_nothing_is_touched_and_handlers_go_back(family):
+    process, members = family
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with processes.Stopper().listening():
+        pass
+    assert process.poll() is None
+    assert all(one.is_running() for one in members)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_step_ends_when_its_launcher_is_killed(tmp_path):
+    launch = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WATCHER!r}])"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", launch],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    step = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    launcher.communicate()
+    gone, _ = psutil.wait_procs([step], timeout=LIMIT_SECONDS)
+    assert gone == [step]
+
+
+def test_only_the_command_mlflow_run_is_one(monkeypatch):
+    process = psutil.Process()
+    for words, expected in (
+        (["/usr/bin/python", "/usr/bin/mlflow", "run", "."], True),
+        (["python", "-m", "mlflow", "run", "."], True),
+        (["mlflow", "server"], False),
+        (["python", "run", "mlflow"], False),
+    ):
+        monkeypatch.setattr(process, "cmdline", lambda words=words: words)
+        assert processes.is_mlflow_run(process) == expected
