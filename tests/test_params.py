@@ -60,9 +60,8 @@ def test_the_defaults_of_main_are_valid_and_reach_every_step_that_declares_them(
     assert found.own.promotion == "auto"
     for step, values in found.steps.items():
         assert values == {n: v for n, v in defaults("main").items() if n in CHAIN[step].__annotations__}
-    assert {name for values in found.steps.values() for name in values} == set(defaults("main")) - {
-        "promotion"
-    }
+    handed_on = {name for values in found.steps.values() for name in values}
+    assert handed_on == set(defaults("main")) - {"promotion", "resume", "reuse"}
 
 
 def test_values_arrive_with_the_type_of_their_field():
@@ -381,8 +380,8 @@ def test_main_names_its_own_bad_values_with_those_of_its_steps():
     assert [line.split("=")[0] for line in lines] == ["max_steps", "promotion", "test_size"]
 
 
-def test_main_names_its_missing_parameter():
-    with pytest.raises(UserError, match="^promotion: missing$"):
+def test_main_names_its_missing_parameters():
+    with pytest.raises(UserError, match="^promotion: missing\nresume: missing\nreuse: missing$"):
         parse_main([])
 
 
