@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 
 import torch
 
@@ -25,3 +26,24 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def operations_per_second() -> float:
+    """What this device reaches in a matrix product of the dtype that is computed in, measured in a moment.
+
+    A product of two n x n matrices takes 2 n^3 floating point operations.
+    """
+    device, dtype = pick_device()
+    n, repeats = (4096, 10) if device == "cuda" else (1024, 4)
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = min(_seconds(left, right, device) for _ in range(repeats))
+    return 2 * n**3 / seconds
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    left @ right
+    wait()
+    return time.perf_counter() - start

@@ -177,10 +177,18 @@ class TrainParams:
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="of AdamW")]
     optim: Annotated[
         Literal["auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"],
-        Field(description="auto: paged_adamw_8bit on CUDA, adamw_torch elsewhere"),
+        Field(description="auto: adamw_torch_fused on CUDA, adamw_torch elsewhere"),
     ]
     gradient_checkpointing: Annotated[
         Literal["auto", "yes", "no"], Field(description="auto: on a CUDA GPU that would be short of memory")
+    ]
+    micro_batch_tokens: Annotated[
+        Auto | Annotated[int, Field(ge=16)],
+        Field(description="tokens computed at once; auto: what the memory holds"),
+    ]
+    torch_compile: Annotated[
+        Literal["auto", "yes", "no"],
+        Field(description="compile the layers; auto: on a CUDA GPU where the training is long enough to win"),
     ]
     save_steps: Annotated[int, Field(ge=1, description="steps between checkpoints")]
     logging_steps: Annotated[int, Field(ge=1, description="steps between points of the loss curve")]
