@@ -93,17 +93,19 @@ def _join(rows: Sequence[Row], multiple: int, *, places: int) -> Pack:
     )
     offsets = torch.full((places + 2,) if multiple > 1 else (len(rows) + 1,), tokens, dtype=torch.int32)
     offsets[: len(ends)] = ends
-    where, answers = _answers([label for row in rows for label in (IGNORED, *row["labels"][1:])], multiple)
+    labels = [label for row in rows for label in (IGNORED, *row["labels"][1:])]
+    # Half of the tokens, or all: one number of slots for each number of tokens, nearly always.
+    where, answers = _answers(labels, slots=[tokens // 2, tokens] if multiple > 1 else [])
     filled = torch.zeros(1, tokens, dtype=torch.int64)
     filled[0, : len(ids)] = torch.tensor(ids)
     return Pack(filled, positions[None], offsets, where, answers)
 
 
-def _answers(labels: Sequence[int], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _answers(labels: Sequence[int], *, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     every = torch.tensor(labels)
     places = (every != IGNORED).nonzero()[:, 0]
-    slots = -(-len(places) // multiple) * multiple
-    where, answers = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), IGNORED)
+    size = next((size for size in slots if size >= len(places)), len(places))
+    where, answers = torch.zeros(size, dtype=torch.int64), torch.full((size,), IGNORED)
     # The token before says it.
     where[: len(places)], answers[: len(places)] = places - 1, every[places]
     return where, answers
