@@ -83,13 +83,17 @@ def main() -> None:
     with ProcessPoolExecutor(options.processes) as pool:
         judge_rows = partial(pool.map, partial(judge_row, per_kind=options.per_kind), chunksize=4)
         reports = {name: list(judge_rows(found)) for name, found in rows.items()}
-        seconds = timed(pool, [report for found in reports.values() for report in found])
+        seconds = list(timed(pool, [report for found in reports.values() for report in found]))
     found = [report for of_set in reports.values() for report in of_set]
     for lines in (gold_table(reports), rewrite_table(reports), mutant_table(found), set_table(reports)):
         print_table(lines)
     print_table(agreement(found))
     print("\n".join(seconds))
     print_examples("Set aside as equivalent", ((report, m) for report in found for m in set_aside(report)))
+    print_examples(
+        "Set aside as equivalent, but called wrong",
+        ((report, m) for report in found for m in set_aside(report) if not m.called_right),
+    )
     print_examples("Survivors", ((report, m) for report in found for m in report.survivors()))
     if options.survivors:
         write_survivors(options.survivors, found)
