@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 Value = str | int | float | None
@@ -24,7 +25,7 @@ MAX_ROWS = 50_000
 SIZES = (0, 1, 2, 3, 4, 5, 7, 10, 14, 20, 35)
 # Joins multiply: four tables of 9 rows that all match are 6,561.
 SIZES_OF_MANY_TABLES = (1, 2, 3, 4, 5, 6, 7, 9)
-CONSTANT = re.compile(r"""'((?:[^']|'')*)'|"((?:[^"]|"")*)"|(?<![\w.])(\d+(?:\.\d+)?)(?!\w)|(\w+)""")
+CONSTANT = re.compile(r"""'((?:[^']|'')*)'|"((?:[^"]|"")*)"|(?<![\w.])(-?\d+(?:\.\d+)?)(?!\w)|(\w+)""")
 NUMERIC = ("INT", "REAL", "FLOA", "DOUB", "NUM", "DEC")
 
 
@@ -78,28 +79,22 @@ class RandomDatabases:
     def _filled(self, rng: random.Random) -> sqlite3.Connection:
         connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         connection.executescript(self.context)
-        # Values that all columns of this database may have, so that any two columns join; in a dense one
-        # nearly every row finds another.
-        is_dense = rng.random() < 0.5
-        common = rng.sample(range(8), rng.randint(1, 2 if is_dense else 4))
+        style = Style.drawn(rng)
         sizes = SIZES if len(self.tables) < 3 else SIZES_OF_MANY_TABLES
         connection.execute("BEGIN")
         for table, columns in self.tables.items():
-            size = rng.choice(sizes)
-            keys = None if is_dense or rng.random() < 0.5 else range(1, size + 2)
-            rows = self._rows(columns, common, keys, size, rng)
+            rows = self._rows(columns, rng.choice(sizes), style, rng)
             places = ", ".join("?" * len(columns))
             connection.executemany(f'INSERT INTO "{table}" VALUES ({places})', rows)
         connection.execute("COMMIT")
         return connection
 
-    def _rows(
-        self, columns: dict[str, str], common: list[int], keys: range | None, size: int, rng: random.Random
-    ) -> list[Row]:
+    def _rows(self, columns: dict[str, str], size: int, style: "Style", rng: random.Random) -> list[Row]:
+        has_keys = style.has_keys and rng.random() < 0.5
         by_column = [
-            rng.sample(keys, size)
-            if keys and name.lower().endswith("id")
-            else self._values(name.lower(), declared, common, size, rng)
+            rng.sample(range(1, size + 2), size)
+            if has_keys and name.lower().endswith("id")
+            else self._values(name.lower(), declared, size, style, rng)
             for name, declared in columns.items()
         ]
         rows = list(zip(*by_column, strict=True))
@@ -110,11 +105,12 @@ class RandomDatabases:
         return rows
 
     def _values(
-        self, column: str, declared: str, common: list[int], size: int, rng: random.Random
+        self, column: str, declared: str, size: int, style: "Style", rng: random.Random
     ) -> list[Value]:
-        pool = self._pool(column, declared, common, rng)
+        pool = self._pool(column, declared, style, rng)
         targets = self.targets[column] or pool
-        null_share, aim = rng.choice((0, 0, 0.1, 0.3)), rng.choice((0, 0.3, 0.6, 0.85))
+        null_share = rng.choice((0, 0, 0.1, 0.3))
+        aim = rng.choice((0, 0.3, 0.6, 0.85)) if style.aim is None else style.aim
 
         def value() -> Value:
             if rng.random() < null_share:
@@ -123,17 +119,38 @@ class RandomDatabases:
 
         return [value() for _ in range(size)]
 
-    def _pool(self, column: str, declared: str, common: list[int], rng: random.Random) -> list[Value]:
+    def _pool(self, column: str, declared: str, style: "Style", rng: random.Random) -> list[Value]:
         own, elsewhere = self.pools[column], self.pools[""]
         pool: list[Value] = list(rng.sample(own, min(len(own), rng.randint(0, 4))))
-        pool += rng.sample(common, rng.randint(0 if pool else 1, len(common)))
+        pool += rng.sample(style.common, rng.randint(0 if pool else 1, len(style.common)))
         if elsewhere and rng.random() < 0.2:
             pool.append(rng.choice(elsewhere))
-        if rng.random() < 0.3:
+        if rng.random() < 0.4:
             numbers = [rng.randint(-3, 150), rng.randint(0, 99) / 4, rng.randint(0, 3000)]
             is_number = any(word in declared.upper() for word in NUMERIC)
             pool += numbers if is_number else [*numbers, "a", "b", "Ab", ""]
         return pool
+
+
+@dataclass(frozen=True)
+class Style:
+    """What the tables of one database have in common.
+
+    `common` are values that any column may have, so that any two join: few of them where nearly every row is
+    to find another. `aim` is the share of values that gold's conditions want, None for one of its own in each
+    column.
+    """
+
+    common: list[int]
+    has_keys: bool
+    aim: float | None
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> "Style":
+        """A random style."""
+        is_dense = rng.random() < 0.5
+        common = rng.sample(range(8), rng.randint(1, 2 if is_dense else 4))
+        return cls(common, has_keys=not is_dense, aim=rng.choice((None, None, 0.95)))
 
 
 def is_equivalent(
@@ -251,7 +268,7 @@ def constants(query: str, columns: set[str]) -> Iterator[tuple[str, Value]]:
 def neighbours(constant: Value) -> list[Value]:
     """The constant and what lies close to it: one off, other letter case, what LIKE finds."""
     if not isinstance(constant, str):
-        return [constant, constant - 1, constant + 1, constant + 10]
+        return [*targets(constant), constant + 0.1, constant + 10, constant * 10]
     if "%" in constant or "_" in constant:
         matching = targets(constant)
         return [*matching, constant, matching[0][:-1], f"x{matching[0]}", f"{matching[0]}x"]
@@ -261,7 +278,8 @@ def neighbours(constant: Value) -> list[Value]:
 def targets(constant: Value) -> list[Value]:
     """What a condition with that constant most likely wants: itself, or what its LIKE pattern finds."""
     if not isinstance(constant, str):
-        return [constant, constant - 1, constant + 1]
+        # The last two stand before and after most numbers where a VARCHAR column compares them as text.
+        return [constant, constant, constant - 1, constant + 1, 0, 99]
     if "%" in constant or "_" in constant:
         return [constant.replace("%", filling).replace("_", "q") for filling in ("", "x", "Ab")]
     return [constant]
