@@ -104,14 +104,15 @@ def judge(
         check_query(context, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
         is_valid, reason = False, str(error)
-    if database:
-        try:
-            is_right = is_valid and execution_match_on(
-                database, gold, predicted, timeout_seconds=timeout_seconds
-            )
-            reason = reason or ("" if is_right else "other rows than gold")
-        except QueryError as error:
-            is_right, reason = False, str(error)
+    try:
+        is_right = is_valid and (
+            execution_match_on(database, gold, predicted, timeout_seconds=timeout_seconds)
+            if database
+            else execution_match(context, gold, predicted, timeout_seconds=timeout_seconds)
+        )
+        reason = reason or ("" if is_right else "other rows than gold")
+    except QueryError as error:
+        is_right, reason = False, reason or str(error)
     return Verdict(
         exact_match=exact_match(gold, predicted),
         exact_match_case=exact_match(gold, predicted, ignore_case=False),
