@@ -16,7 +16,8 @@ ORDINARY_VALUES = 62
 
 def ordinary_numbers(rng: random.Random, start: int, *, with_fractions: bool) -> list[Value]:
     """Different numbers, 0 and a negative one early among them; another `start` gives other numbers."""
-    values: list[Value] = rng.sample(range(start + 1, start + 90), ORDINARY_VALUES - 2)
+    first = start + 1 if rng.random() < 0.75 else -9
+    values: list[Value] = rng.sample(range(first, first + 90), ORDINARY_VALUES - 2)
     values[3:3] = [-values[0], 0]
     return [value + rng.choice((0, 0.5, 0.25)) for value in values] if with_fractions else values
 
@@ -37,12 +38,8 @@ def ordinary_dates(rng: random.Random) -> list[Value]:
 
 def near_misses(column: Column, needs: Needs, affinity: str) -> list[Value]:
     """The constants that a column is compared with and values close to them, as the column stores them."""
-    patterns = {
-        c
-        for condition in needs.conditions.get(column, [])
-        if condition.operator is exp.Like
-        for c in condition.constants
-    }
+    likes = [c for c in needs.conditions.get(column, []) if c.operator is exp.Like]
+    patterns = {constant for condition in likes for constant in condition.constants}
     found: list[Value] = []
     for constant in needs.constants.get(column, []):
         if constant is None:
@@ -54,54 +51,38 @@ def near_misses(column: Column, needs: Needs, affinity: str) -> list[Value]:
         elif isinstance(constant, str):
             found += _near_text(constant)
         else:
-            found += _near_number(constant)
+            found += _near_number(constant, with_fractions=affinity != "INTEGER")
     return list(dict.fromkeys(stored(value, affinity) for value in found))
 
 
-def _near_number(number: float) -> list[Value]:
+def _near_number(number: float, *, with_fractions: bool) -> list[Value]:
     if isinstance(number, int):
-        return [number, number + 1, number - 1, number + 2, number - 2, -number, number * 10, number // 2]
+        near = [number + 1, number - 1, number + 2, number - 2, -number, number * 10, number // 2]
+        return [number, *near, *((number + 0.05, number - 0.5) if with_fractions else ())]
     unit = 10.0 ** -len(f"{number:.10f}".rstrip("0").partition(".")[2])
-    near = (number + unit, number - unit, number + unit / 10, number + 0.5, number - 0.5)
-    near += (number + 1, number - 1, 2 * number, -number)
+    near = [number + unit, number - unit, number + unit / 10, number + 0.5, number - 0.5]
+    near += [number + 1, number - 1, 2 * number, -number]
     return [number, *(round(value, 8) for value in near)]
 
 
 def _near_text(text: str) -> list[Value]:
-    variants = [
-        text,
-        text.lower(),
-        text.upper(),
-        text.swapcase(),
-        text + "x",
-        "x" + text,
-        text[:-1],
-        text[1:],
-        "",
-    ]
-    if text and text[-1].isdigit():
-        variants += [text[:-1] + str((int(text[-1]) + step) % 10) for step in (1, -1)]
+    """Other letter case, a letter more or less, the next in order, the extremes; numbers where it is one."""
+    near = [text, text.lower(), text.upper(), text.swapcase(), text + "x", text + " ", "x" + text]
+    near += [text[:-1], text[1:], "", "A", "zz"]
+    if text and text[-1].isdecimal():
+        near += [text[:-1] + str((int(text[-1]) + step) % 10) for step in (1, -1)]
     elif text:
-        variants.append(text[:-1] + chr(min(ord(text[-1]) + 1, 0x10FFFF)))
-    numbers = _near_number(float(text) if "." in text else int(text)) if NUMBER.fullmatch(text) else []
-    return variants + numbers
+        near.append(text[:-1] + chr(min(ord(text[-1]) + 1, 0xD7FF)))
+    if NUMBER.fullmatch(text):
+        near += _near_number(float(text) if "." in text else int(text), with_fractions=True)
+    return near
 
 
 def _near_pattern(pattern: str) -> list[Value]:
+    """What begins with, ends with, contains and just misses the text of a LIKE pattern."""
     core = pattern.strip("%").replace("%", " mid ").replace("_", "o")
-    return [
-        core,
-        core + "x",
-        "x" + core,
-        f"x{core}x",
-        core.upper(),
-        core.lower(),
-        core + "y",
-        core[:-1],
-        core[1:],
-        "other",
-        pattern,
-    ]
+    near = [core, core + "x", core + "y", "x" + core, f"x{core}x", core.upper(), core.lower()]
+    return [*near, core[:-1], core[1:], "other", pattern]
 
 
 def _near_date(text: str) -> list[Value]:

@@ -36,8 +36,8 @@ class Style(NamedTuple):
     """How the rows of one database are drawn.
 
     `plan` says which conditions rows meet: `subsets` has each subset of them, `sweep` each near miss of one
-    condition where the others are met, `chance` neither. In further rows all are met with the probability
-    `met`. `keys` values are shared by columns that are compared, `variety` by the rows of another column;
+    condition where the others are met, `misses` those that do not meet it, `chance` neither. In further rows,
+    `rows` in all or beside the misses, all are met with the probability `met`. `keys` values are shared by columns that are compared, `variety` by the rows of another column;
     `nulls` is a probability. `is_keyed`: one of the compared columns is unique. `has_gaps`: each column draws
     from a part of its values. `is_skewed`: some values are drawn more often. `has_copies`: rows repeat.
     """
@@ -56,17 +56,17 @@ class Style(NamedTuple):
 
 STYLES = (
     Style("subsets", 12, 0.5, 4, 12, 0.0, True, False, False, False),
-    Style("sweep", 10, 0.5, 4, 60, 0.0, True, True, False, False),
-    Style("chance", 8, 0.9, 3, 3, 0.1, False, False, False, True),
+    Style("misses", 1, 1.0, 4, 60, 0.0, True, True, False, False),
+    Style("chance", 8, 0.9, 3, 3, 0.1, False, False, True, True),
     Style("subsets", 16, 0.6, 5, 6, 0.1, True, False, True, False),
-    Style("chance", 10, 0.8, 3, 20, 0.0, True, True, True, False),
-    Style("sweep", 12, 0.1, 8, 60, 0.3, False, False, False, False),
+    Style("chance", 10, 0.8, 3, 20, 0.2, True, True, True, False),
+    Style("misses", 2, 1.0, 8, 60, 0.3, False, False, False, False),
     Style("chance", 6, 0.7, 2, 4, 0.0, False, True, True, False),
-    Style("subsets", 20, 0.4, 6, 4, 0.2, True, True, False, True),
-    Style("chance", 14, 0.7, 12, 20, 0.1, False, False, False, False),
-    Style("sweep", 10, 0.9, 3, 5, 0.0, True, False, True, True),
-    Style("chance", 9, 0.95, 10, 8, 0.0, True, False, True, False),
-    Style("chance", 5, 0.9, 3, 10, 0.4, True, False, False, False),
+    Style("subsets", 20, 0.4, 6, 4, 0.2, True, True, True, True),
+    Style("misses", 1, 1.0, 5, 60, 0.0, True, False, False, False),
+    Style("chance", 14, 0.7, 20, 20, 0.1, False, True, True, False),
+    Style("sweep", 10, 0.9, 3, 5, 0.1, True, False, True, True),
+    Style("chance", 9, 0.95, 10, 8, 0.4, True, False, True, False),
 )
 
 
@@ -176,18 +176,20 @@ class _Maker:
     def _plans(self, columns: list[Column], choices: list[Choices], style: Style) -> list[list[list[Value]]]:
         """For each row the values to choose from, by column."""
         plans: list[list[list[Value]]] = []
-        if style.plan == "sweep":
-            plans = self._sweep(columns, choices)
+        count = self._row_count(style)
+        if style.plan in ("sweep", "misses"):
+            plans = self._sweep(columns, choices, first=int(style.plan == "misses"))
+            count += len(plans) if style.plan == "misses" else 0
         elif style.plan == "subsets" and 1 < math.prod(map(len, choices)) <= MOST_SUBSETS:
             plans = [list(plan) for plan in itertools.product(*choices)]
-        plans += [self._chance(choices, style) for _ in range(self._row_count(style) - len(plans))]
+        plans += [self._chance(choices, style) for _ in range(count - len(plans))]
         return plans
 
-    def _sweep(self, columns: list[Column], choices: list[Choices]) -> list[list[list[Value]]]:
+    def _sweep(self, columns: list[Column], choices: list[Choices], *, first: int) -> list[list[list[Value]]]:
         plans = []
         for i, column in enumerate(columns):
             if column in self._needs.conditions:
-                for value in itertools.chain(*choices[i]):
+                for value in itertools.chain(*choices[i][first:]):
                     plan = [self._most_met(choice) for choice in choices]
                     plan[i] = [value]
                     plans.append(plan)
@@ -207,7 +209,9 @@ class _Maker:
     def _row_count(self, style: Style) -> int:
         """Rows enough to cut by a LIMIT, and to make groups on both sides of a HAVING COUNT."""
         sizes = [3 * size for size in self._needs.group_sizes if 0 < size < 20]
-        return min(max(style.rows, self._needs.rows_to_skip + 3, *sizes, 0), MOST_ROWS)
+        if style.plan == "misses" and self._needs.conditions:
+            return style.rows + self._needs.rows_to_skip
+        return min(max(style.rows, 5, self._needs.rows_to_skip + 3, *sizes, 0), MOST_ROWS)
 
     def _values(self, column: Column, choices: Choices, style: Style) -> list[Value]:
         values = [self._pick(choice, style) for choice in choices]

@@ -92,7 +92,7 @@ def _gold_answers(
             answers.append(query.answer(database, timeout_seconds=timeout_seconds))
         except QueryError as error:
             raise error if str(error).startswith("context: ") else QueryError(f"gold: {error}") from error
-    return tuple(answer for answer in answers if answer is not None), query.has_names
+    return tuple(answer for answer in answers if answer is not None), query.may_permute
 
 
 def judge(
