@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import sqlglot
 from sqlglot import exp
 
 from steps.text2sql.gold_query import parse_query
+from steps.text2sql.order_keys import Block, keyed_query
 from steps.text2sql.sql_execution import MadeDatabase, QueryError, Row, run_queries
 
 RELATIVE_TOLERANCE = 1e-9
@@ -23,19 +25,12 @@ MOST_PERMUTED_COLUMNS = 5
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows of which `taken`, in any order, come next: all of them, or some where a LIMIT cuts a tie."""
-
-    rows: tuple[Row, ...]
-    taken: int
-
-
-@dataclass(frozen=True)
 class Answer:
     """What gold returns on one database; only `columns` are compared where others are a matter of luck."""
 
     database: MadeDatabase
     blocks: tuple[Block, ...]
+    width: int = 0
     columns: tuple[int, ...] | None = None
 
     @property
@@ -48,7 +43,7 @@ class Answer:
         if len(found) != self.length:
             return False
         if self.columns is not None:
-            found = [tuple(row[i] for i in self.columns) for row in found]
+            found = _part(found, self.columns)
         start = 0
         for block in self.blocks:
             if not _is_part(found[start : start + block.taken], block.rows):
@@ -81,150 +76,122 @@ def _is_close(row: Row, other: Row) -> bool:
     )
 
 
+def _depends_on_storage(tree: exp.Expression) -> bool:
+    """Whether the order of the tables' rows may show: at a LIMIT, or in a value from any row of a group."""
+    if tree.find(exp.Limit, exp.Group, exp.Window, exp.GroupConcat, exp.Anonymous):
+        return True
+    return any(
+        any(p.find(exp.AggFunc) for p in select.expressions)
+        and not all(p.find(exp.AggFunc) for p in select.expressions)
+        for select in tree.find_all(exp.Select)
+    )
+
+
+def _with_chosen_rows(tree: exp.Expression, choice: str) -> str | None:
+    """The query with `choice` in place of each column that SQLite takes from any row of a group.
+
+    None where there is no such column. Beside a lone MIN or MAX there is none: its row is taken
+    (https://sqlite.org/lang_select.html#bareagg).
+    """
+    tree, is_changed = tree.copy(), False
+    for select in tree.find_all(exp.Select):
+        for column in _bare_columns(select):
+            column.replace(sqlglot.parse_one(choice.replace("?", column.sql("sqlite")), read="sqlite"))
+            is_changed = True
+    return tree.sql("sqlite") if is_changed else None
+
+
+def _bare_columns(select: exp.Select) -> list[exp.Column]:
+    group = select.args.get("group")
+    parts = [*select.expressions, select.args.get("having"), select.args.get("order")]
+    own = [n for part in parts if part for n in part.walk() if n.parent_select is select]
+    aggregates = [node for node in own if isinstance(node, exp.AggFunc)]
+    has_lone_extreme = sum(isinstance(node, exp.Min | exp.Max) for node in aggregates) == 1
+    if has_lone_extreme or not (group or aggregates):
+        return []
+    known = {p.alias.lower() for p in select.expressions if p.alias}
+    known |= {column.name.lower() for column in (group.find_all(exp.Column) if group else ())}
+    return [
+        node
+        for node in own
+        if isinstance(node, exp.Column)
+        and not isinstance(node.this, exp.Star)
+        and node.name.lower() not in known
+        and not node.find_ancestor(exp.AggFunc)
+    ]
+
+
+# The smallest value of a group, NULL before all, and the largest: the same where any row will do.
+CHOICES = ("CASE WHEN COUNT(?) = COUNT(*) THEN MIN(?) END", "MAX(?)")
+
+
 class GoldQuery:
-    """A gold query with the further queries that show its ties."""
+    """A gold query with the further queries that show what in its result is a matter of luck."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
         tree = parse_query(text)
-        self._keyed = _keyed(tree) if tree is not None else None
+        self.text = text
         self._is_ordered = tree is not None and tree.args.get("order") is not None
-        self._inner = [
-            keyed
-            for node in (tree.find_all(exp.Query) if tree is not None else ())
-            if node is not tree and node.args.get("limit") and (keyed := _keyed(node))
-        ]
+        self._is_settled = tree is not None and not _depends_on_storage(tree)
+        self._keyed = keyed_query(tree) if tree is not None else None
+        queries = [node for node in tree.find_all(exp.Query) if node is not tree] if tree is not None else []
+        self._inner = [k for node in queries if node.args.get("limit") and (k := keyed_query(node))]
+        chosen = [_with_chosen_rows(tree, choice) for choice in CHOICES] if tree is not None else []
+        self._chosen = [query for query in chosen if query]
         names = [p.alias_or_name or p.sql() for p in tree.selects] if isinstance(tree, exp.Query) else []
-        self.has_names = len(set(names)) == len(names)
+        self.may_permute = len(set(names)) == len(names)
 
     def answer(self, database: MadeDatabase, *, timeout_seconds: float) -> Answer | None:
-        """What gold returns; None where a LIMIT inside of it cuts a tie, so that it could return other things.
+        """What gold returns; None where so much of it is a matter of luck that nothing can be compared.
 
         Raises:
             QueryError: gold returns no result, or the database cannot be made.
         """
-        further = [*([self._keyed] if self._keyed else []), *self._inner]
-        results = run_queries(
-            database, [self.text, *(k.text for k in further)], timeout_seconds=timeout_seconds
-        )
-        own, *rest = results
+        keyed = [self._keyed] if self._keyed else []
+        queries = [self.text, *(k.text for k in (*keyed, *self._inner)), *self._chosen]
+        own, *further = run_queries(database, queries, timeout_seconds=timeout_seconds)
         if isinstance(own, QueryError):
             raise own
-        keyed = rest.pop(0) if self._keyed else None
-        if any(
-            not isinstance(r, QueryError) and k.cuts_a_tie(r) for k, r in zip(self._inner, rest, strict=True)
-        ):
+        by_keys = further.pop(0) if keyed else None
+        inner = [further.pop(0) for _ in self._inner]
+        if any(isinstance(r, list) and k.cuts_a_tie(r) for k, r in zip(self._inner, inner, strict=True)):
             return None
-        return self._stable(database, own, self._blocks(own, keyed), timeout_seconds)
+        answer = Answer(database, self._blocks(own, by_keys), width=len(own[0]) if own else 0)
+        if self._is_settled:
+            return answer
+        turned = MadeDatabase(database.context, {t: rows[::-1] for t, rows in database.rows.items()})
+        further += run_queries(turned, [self.text], timeout_seconds=timeout_seconds)
+        return _settled(answer, own, [r for r in further if isinstance(r, list) and not answer.matches(r)])
 
-    def _blocks(self, own: list[Row], keyed: list[Row] | QueryError | None) -> tuple[Block, ...]:
+    def _blocks(self, own: list[Row], by_keys: list[Row] | QueryError | None) -> tuple[Block, ...]:
         if not self._is_ordered:
             return (Block(tuple(own), len(own)),)
-        if self._keyed and isinstance(keyed, list):
-            blocks = self._keyed.blocks(keyed)
+        if self._keyed and isinstance(by_keys, list):
+            blocks = self._keyed.blocks(by_keys)
             if Answer(None, blocks).matches(own):
                 return blocks
         return tuple(Block((row,), 1) for row in own)
 
-    def _stable(
-        self, database: MadeDatabase, own: list[Row], blocks: tuple[Block, ...], timeout_seconds: float
-    ) -> Answer:
-        """The answer, or what is left of it when the tables hold their rows the other way round."""
-        turned = MadeDatabase(database.context, {t: rows[::-1] for t, rows in database.rows.items()})
-        (other,) = run_queries(turned, [self.text], timeout_seconds=timeout_seconds)
-        answer = Answer(database, blocks)
-        if isinstance(other, QueryError) or answer.matches(other):
-            return answer
-        width = len(own[0]) if own else 0
-        stable = tuple(
-            i for i in range(width) if Counter(row[i] for row in own) == Counter(row[i] for row in other)
-        )
-        left = tuple(tuple(row[i] for i in stable) for row in own)
-        if len(own) != len(other) or Counter(left) != Counter(tuple(r[i] for i in stable) for r in other):
-            return None
-        return Answer(database, (Block(left, len(left)),), stable)
 
-
-@dataclass(frozen=True)
-class _Keyed:
-    """A query with its LIMIT taken away and the keys of its ORDER BY among its columns."""
-
-    text: str
-    keys: tuple[int, ...]
-    appended: int
-    limit: int | None
-    offset: int
-
-    def blocks(self, rows: Sequence[Row]) -> tuple[Block, ...]:
-        """The rows that the LIMIT leaves, those that tie in one block."""
-        end = len(rows) if self.limit is None else min(len(rows), self.offset + self.limit)
-        found, start = [], 0
-        for _, tied in itertools.groupby(rows, key=self._key):
-            block = tuple(tied)
-            stop = start + len(block)
-            taken = min(stop, end) - max(start, self.offset)
-            if taken > 0:
-                cut = len(block[0]) - self.appended
-                found.append(Block(tuple(row[:cut] for row in block), taken))
-            start = stop
-        return tuple(found)
-
-    def cuts_a_tie(self, rows: Sequence[Row]) -> bool:
-        """Whether the LIMIT keeps some of several different rows that tie."""
-        return any(block.taken < len(block.rows) and len(set(block.rows)) > 1 for block in self.blocks(rows))
-
-    def _key(self, row: Row) -> tuple[object, ...]:
-        return tuple(row[i] for i in self.keys)
-
-
-def _keyed(query: exp.Expression) -> _Keyed | None:
-    """None where the query has no ORDER BY, or its keys cannot be shown."""
-    order = query.args.get("order")
-    limit, offset = _number(query.args.get("limit"), None), _number(query.args.get("offset"), 0)
-    if order is None or limit is NotImplemented or offset is NotImplemented:
+def _settled(answer: Answer, own: list[Row], others: Sequence[list[Row]]) -> Answer | None:
+    """The answer, or the columns of it that are the same in all other results that gold could have."""
+    if not others:
+        return answer
+    if any(len(other) != len(own) for other in others):
         return None
-    bare = query.copy()
-    bare.set("limit", None)
-    bare.set("offset", None)
-    outputs = bare.selects
-    places, extra = [], []
-    for ordered in bare.args["order"].expressions:
-        place = _output(ordered.this, outputs)
-        if place is None:
-            extra.append(_without_collation(ordered.this))
-        places.append(place)
-    if extra and (not isinstance(bare, exp.Select) or bare.args.get("distinct")):
+    columns = tuple(i for i in range(answer.width) if all(_same_part(own, other, (i,)) for other in others))
+    if not all(_same_part(own, other, columns) for other in others):
         return None
-    appended = iter(range(-len(extra), 0))
-    keys = tuple(next(appended) if place is None else place for place in places)
-    if extra:
-        bare.set("expressions", [*outputs, *(exp.alias_(e.copy(), f"key_{i}") for i, e in enumerate(extra))])
-    return _Keyed(bare.sql("sqlite"), keys, len(extra), limit, offset)
+    left = _part(own, columns)
+    return Answer(answer.database, (Block(left, len(left)),), answer.width, columns)
 
 
-def _output(key: exp.Expression, outputs: Sequence[exp.Expression]) -> int | None:
-    """The place of the output that a key of ORDER BY names, by number, by alias or by writing it again."""
-    if isinstance(key, exp.Literal) and not key.is_string:
-        return int(key.this) - 1
-    if any(output.is_star for output in outputs):
-        return None
-    names = [output.alias.lower() for output in outputs]
-    if isinstance(key, exp.Column) and not key.table and key.name.lower() in names:
-        return names.index(key.name.lower())
-    texts = [output.unalias().sql("sqlite").lower() for output in outputs]
-    return texts.index(key.sql("sqlite").lower()) if key.sql("sqlite").lower() in texts else None
+def _same_part(own: Sequence[Row], other: Sequence[Row], columns: tuple[int, ...]) -> bool:
+    return _is_part(_part(other, columns), _part(own, columns))
 
 
-def _without_collation(key: exp.Expression) -> exp.Expression:
-    """COLLATE NOCASE ties what differs in case only."""
-    return exp.Lower(this=key.this.copy()) if isinstance(key, exp.Collate) else key
-
-
-def _number(clause: exp.Expression | None, missing: int | None) -> int | None:
-    if clause is None:
-        return missing
-    value = clause.expression
-    return int(value.this) if isinstance(value, exp.Literal) and not value.is_string else NotImplemented
+def _part(rows: Sequence[Row], columns: tuple[int, ...]) -> tuple[Row, ...]:
+    return tuple(tuple(row[i] for i in columns) for row in rows)
 
 
 class Comparison:
@@ -240,18 +207,20 @@ class Comparison:
 
     def agrees(self, answer: Answer, found: Sequence[Row]) -> bool:
         """Whether the rows match on this database, in an order of columns that matched on those before."""
+        if len(found) != answer.length:
+            return False
         if not found:
-            return answer.length == 0
+            return True
+        if len(found[0]) != answer.width:
+            return False
         if self._orders is None:
-            self._orders = list(self._possible_orders(answer, len(found[0])))
+            self._orders = list(self._possible_orders(answer.width))
         self._orders = [
             order for order in self._orders if answer.matches([tuple(row[i] for i in order) for row in found])
         ]
         return bool(self._orders)
 
-    def _possible_orders(self, answer: Answer, width: int) -> Iterator[tuple[int, ...]]:
-        if answer.blocks and answer.columns is None and len(answer.blocks[0].rows[0]) != width:
-            return iter(())
+    def _possible_orders(self, width: int) -> Iterator[tuple[int, ...]]:
         if self._may_permute and width <= MOST_PERMUTED_COLUMNS:
             return itertools.permutations(range(width))
         return iter([tuple(range(width))])

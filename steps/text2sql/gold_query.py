@@ -66,13 +66,15 @@ class Condition:
 class Needs:
     """What rows must show for a gold query to be told from its neighbours.
 
-    `linked` are sets of columns that are compared with each other or meet in a set operation; `group_sizes` are
-    constants that a COUNT is compared with; `rows_to_skip` is the largest LIMIT plus OFFSET.
+    `linked` are sets of columns that are compared with each other or meet in a set operation, `keys` those of
+    them that are compared, `listed` stand in SELECT as they are; `group_sizes` are constants that a COUNT is
+    compared with; `rows_to_skip` is LIMIT plus OFFSET.
     """
 
     constants: dict[Column, list[Value]] = field(default_factory=lambda: defaultdict(list))
     conditions: dict[Column, list[Condition]] = field(default_factory=lambda: defaultdict(list))
     linked: list[set[Column]] = field(default_factory=list)
+    keys: set[Column] = field(default_factory=set)
     numeric: set[Column] = field(default_factory=set)
     dates: set[Column] = field(default_factory=set)
     grouped: set[Column] = field(default_factory=set)
@@ -207,8 +209,10 @@ def _read_predicate(node: exp.Expression, reader: _Reader, needs: Needs) -> None
         outputs = reader.outputs(query)
         if columns and outputs and outputs[0]:
             _link_all((columns[:1], outputs[0]), needs)
+            needs.keys |= {*columns[:1], *outputs[0]}
     if len(columns) > 1:
         needs.link(*columns)
+        needs.keys |= set(columns)
 
 
 def _link_all(sides: tuple[list[Column], list[Column]], needs: Needs) -> None:

@@ -92,7 +92,7 @@ def _gold_answers(
             answers.append(query.answer(database, timeout_seconds=timeout_seconds))
         except QueryError as error:
             raise error if str(error).startswith("context: ") else QueryError(f"gold: {error}") from error
-    return tuple(answer for answer in answers if answer is not None), query.has_names
+    return tuple(answer for answer in answers if answer is not None), query.may_permute
 
 
 def judge(
@@ -104,14 +104,15 @@ def judge(
         check_query(context, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
         is_valid, reason = False, str(error)
-    if database:
-        try:
-            is_right = is_valid and execution_match_on(
-                database, gold, predicted, timeout_seconds=timeout_seconds
-            )
-            reason = reason or ("" if is_right else "other rows than gold")
-        except QueryError as error:
-            is_right, reason = False, str(error)
+    try:
+        is_right = is_valid and (
+            execution_match_on(database, gold, predicted, timeout_seconds=timeout_seconds)
+            if database
+            else execution_match(context, gold, predicted, timeout_seconds=timeout_seconds)
+        )
+        reason = reason or ("" if is_right else "other rows than gold")
+    except QueryError as error:
+        is_right, reason = False, reason or str(error)
     return Verdict(
         exact_match=exact_match(gold, predicted),
         exact_match_case=exact_match(gold, predicted, ignore_case=False),
