@@ -56,18 +56,22 @@ class Style(NamedTuple):
 
 STYLES = (
     Style("subsets", 12, 0.5, 4, 12, 0.0, True, False, False, False),
-    Style("misses", 1, 1.0, 4, 60, 0.0, True, True, False, False),
+    Style("misses", 1, 1.0, 20, 60, 0.0, True, True, False, False),
     Style("chance", 8, 0.9, 3, 3, 0.1, False, False, True, True),
     Style("subsets", 16, 0.6, 5, 6, 0.1, True, False, True, False),
     Style("chance", 10, 0.8, 3, 20, 0.2, True, True, True, False),
     Style("misses", 2, 1.0, 8, 60, 0.3, False, False, False, False),
     Style("chance", 6, 0.7, 2, 4, 0.0, False, True, True, False),
     Style("subsets", 20, 0.4, 6, 4, 0.2, True, True, True, True),
-    Style("misses", 1, 1.0, 5, 60, 0.0, True, False, False, False),
+    Style("misses", 1, 1.0, 14, 60, 0.0, True, False, False, False),
     Style("chance", 14, 0.7, 20, 20, 0.1, False, True, True, False),
     Style("sweep", 10, 0.9, 3, 5, 0.1, True, False, True, True),
     Style("chance", 9, 0.95, 10, 8, 0.4, True, False, True, False),
 )
+
+
+# Beside a table whose rows miss a condition, the rows of others meet theirs, or none would be joined.
+ALL_MET = Style("chance", 12, 1.0, 20, 60, 0.0, True, False, False, False)
 
 
 def make_databases(context: str, gold: str, *, seed: int = 0, count: int = DATABASES) -> list[MadeDatabase]:
@@ -102,8 +106,13 @@ class _Maker:
         """Rows of all tables for one database."""
         uniques = self._choose_uniques(style)
         pools = {family: self._pool(family, style) for family in dict.fromkeys(self._families.values())}
+        conditioned = sorted({column.table for column in self._needs.conditions}) or [""]
+        missed = self._rng.choice(conditioned)
         return {
-            table.name: self._table_rows(name, pools, uniques, style) for name, table in self._tables.items()
+            table.name: self._table_rows(
+                name, pools, uniques, style if style.plan != "misses" or name == missed else ALL_MET
+            )
+            for name, table in self._tables.items()
         }
 
     def _choose_uniques(self, style: Style) -> set[Column]:
@@ -177,9 +186,11 @@ class _Maker:
         """For each row the values to choose from, by column."""
         plans: list[list[list[Value]]] = []
         count = self._row_count(style)
-        if style.plan in ("sweep", "misses"):
-            plans = self._sweep(columns, choices, first=int(style.plan == "misses"))
-            count += len(plans) if style.plan == "misses" else 0
+        if style.plan == "misses":
+            plans = self._sweep(columns, choices, first=1)
+            count += len(plans)
+        elif style.plan == "sweep":
+            plans = self._sweep(columns, choices, first=0)
         elif style.plan == "subsets" and 1 < math.prod(map(len, choices)) <= MOST_SUBSETS:
             plans = [list(plan) for plan in itertools.product(*choices)]
         plans += [self._chance(choices, style) for _ in range(count - len(plans))]
@@ -208,9 +219,9 @@ class _Maker:
 
     def _row_count(self, style: Style) -> int:
         """Rows enough to cut by a LIMIT, and to make groups on both sides of a HAVING COUNT."""
+        if style.plan == "misses":
+            return min(style.rows + self._needs.rows_to_skip, MOST_ROWS)
         sizes = [3 * size for size in self._needs.group_sizes if 0 < size < 20]
-        if style.plan == "misses" and self._needs.conditions:
-            return style.rows + self._needs.rows_to_skip
         return min(max(style.rows, 5, self._needs.rows_to_skip + 3, *sizes, 0), MOST_ROWS)
 
     def _values(self, column: Column, choices: Choices, style: Style) -> list[Value]:
