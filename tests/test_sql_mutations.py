@@ -147,6 +147,16 @@ def test_variants_execute_differ_in_text_and_are_the_same_in_each_draw():
     assert max(sum(other == kind for other, _ in drawn) for kind, _ in drawn) == 2
 
 
+def test_turning_an_order_back_adds_no_word_about_nulls():
+    assert found(MUTANTS, "order direction", f"{NAMES} ORDER BY id DESC") == [f"{NAMES} ORDER BY id"]
+
+
+def test_a_rewrite_that_leaves_the_text_as_it_was_is_none():
+    kinds = [kind for kind, _ in sql_mutations.rewrites(CONTEXT, "SELECT NAME FROM OWNERS")]
+    assert "lower case" in kinds
+    assert "upper case" not in kinds
+
+
 def test_double_quoted_constants_stay_constants_in_double_quotes():
     gold = 'SELECT "name" FROM owners WHERE city = "Bonn" AND "age" > 30'
     query = Query(CONTEXT, gold)
@@ -193,14 +203,20 @@ def test_random_databases_are_the_same_for_a_seed_and_others_for_another():
     assert [first.contents(i) for i in range(5)] != [other.contents(i) for i in range(5)]
 
 
-def test_200_random_databases_differ_and_hold_nulls_duplicates_and_empty_tables():
+def test_200_random_databases_differ_and_hold_nulls_and_empty_tables():
     databases = RandomDatabases(CONTEXT, [NAMES])
     contents = [databases.contents(i) for i in range(200)]
     tables = [rows for content in contents for rows in content.values()]
     assert len({repr(content) for content in contents}) > 190
     assert [] in tables
     assert any(None in row for rows in tables for row in rows)
-    assert any(len(set(rows)) < len(rows) for rows in tables)
+
+
+def test_whole_rows_repeat_in_many_random_databases():
+    columns = ", ".join(f"c{i} TEXT" for i in range(12))
+    databases = RandomDatabases(f"CREATE TABLE wide ({columns})", ["SELECT c1 FROM wide"])
+    tables = [databases.contents(i)["wide"] for i in range(200)]
+    assert sum(len(set(rows)) < len(rows) for rows in tables) > 50
 
 
 def test_random_databases_hold_the_constants_of_gold_and_mutants_and_their_neighbours():
@@ -238,8 +254,11 @@ def test_the_real_database_has_a_say(tmp_path):
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(CONTEXT + ";" + ROWS)
     gold, mutant = f"{NAMES} WHERE id < 9", f"{NAMES} WHERE id < 9 AND city <> 'bonn' COLLATE BINARY"
-    assert is_equivalent(CONTEXT, gold, gold, path)
-    assert not is_equivalent(CONTEXT, gold, mutant, path)
+    none = RandomDatabases(CONTEXT, [gold], count=0)
+    assert is_equivalent(CONTEXT, gold, mutant, databases=none)
+    assert is_equivalent(CONTEXT, gold, gold, path, databases=none)
+    assert not is_equivalent(CONTEXT, gold, mutant, path, databases=none)
+    assert is_equivalent(CONTEXT, gold, "SELECT nothing FROM owners", path, databases=none)
 
 
 def test_a_query_is_stopped_after_its_time(monkeypatch):
