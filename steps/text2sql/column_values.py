@@ -102,6 +102,8 @@ def _near_date(text: str) -> list[Value]:
 
 def stored(value: Value, affinity: str) -> Value:
     """The value as a column of that affinity keeps it."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        value = float(value)
     if affinity == "TEXT" and isinstance(value, int | float):
         return str(value)
     if affinity in ("INTEGER", "REAL", "NUMERIC") and isinstance(value, str) and NUMBER.fullmatch(value):
@@ -120,18 +122,18 @@ def holds(condition: Condition, value: Value, affinity: str) -> bool:
         return any(_like(str(constant), str(value)) for constant in constants)
     if operator in (exp.EQ, exp.In):
         return value in constants
-    ranks = [_rank(constant) for constant in constants]
+    ranks = [rank(constant) for constant in constants]
     if operator is exp.NEQ:
-        return _rank(value) not in ranks
+        return rank(value) not in ranks
     if operator is exp.Between:
-        return ranks[0] <= _rank(value) <= ranks[-1]
+        return ranks[0] <= rank(value) <= ranks[-1]
     if operator in (exp.LT, exp.LTE):
-        return _rank(value) < ranks[0] or operator is exp.LTE and _rank(value) == ranks[0]
-    return _rank(value) > ranks[0] or operator is exp.GTE and _rank(value) == ranks[0]
+        return rank(value) < ranks[0] or operator is exp.LTE and rank(value) == ranks[0]
+    return rank(value) > ranks[0] or operator is exp.GTE and rank(value) == ranks[0]
 
 
-def _rank(value: Value) -> tuple:
-    """SQLite sorts numbers before texts."""
+def rank(value: Value) -> tuple[bool, Value]:
+    """Key that sorts values as SQLite does: numbers before texts."""
     return (isinstance(value, str), value)
 
 

@@ -1,7 +1,8 @@
 """What a gold query returns on made databases, and whether a prediction returns the same.
 
-Sound about order: rows that tie under gold's ORDER BY may come in any order, and of rows that tie at its LIMIT
-any may be returned. What depends on the order in which the tables happen to hold their rows is not compared.
+Sound about order: rows that tie under gold's ORDER BY may come in any order, and of rows that tie at its
+LIMIT any may be returned. What depends on the order in which tables happen to hold their rows, or on SQLite's
+choice of a row from a group, is not compared.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class GoldQuery:
         self._inner = [k for node in queries if node.args.get("limit") and (k := keyed_query(node))]
         chosen = [_with_chosen_rows(tree, choice) for choice in CHOICES] if tree is not None else []
         self._chosen = [query for query in chosen if query]
-        names = [p.alias_or_name or p.sql() for p in tree.selects] if isinstance(tree, exp.Query) else []
+        outputs = tree.selects if isinstance(tree, exp.Query) else []
+        names = [p.alias or (p.name if isinstance(p, exp.Column) else p.sql()) for p in outputs]
         self.may_permute = len(set(names)) == len(names)
 
     def answer(self, database: MadeDatabase, *, timeout_seconds: float) -> Answer | None:
@@ -197,8 +199,8 @@ def _part(rows: Sequence[Row], columns: tuple[int, ...]) -> tuple[Row, ...]:
 class Comparison:
     """Compares a prediction's rows with gold's, database by database.
 
-    Columns may come in another order, if it is the same one on all databases and gold's columns have different
-    names: then the header of the result tells them apart. Names themselves are not compared.
+    Columns may come in another order, as in Zhong et al., if it is the same one on all databases and gold's
+    columns have different names, so that a reader can tell them apart. Names themselves are not compared.
     """
 
     def __init__(self, *, may_permute: bool) -> None:

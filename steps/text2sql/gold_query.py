@@ -1,6 +1,6 @@
 """What a gold query says about the tables of its context: conditions, joined columns, sizes that matter.
 
-Read from the parse trees of both. A double-quoted name that is no column in reach is a constant, as in SQLite.
+Read from their parse trees. As in SQLite, a double-quoted name that is no column in reach is a constant.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class ColumnType:
-    """What a column can hold: SQLite's affinity, and whether a constraint forbids NULLs or repeated values."""
+    """What a column can hold: SQLite's affinity, and whether constraints forbid NULLs or repeated values."""
 
     affinity: str
     is_unique: bool = False
@@ -47,7 +47,7 @@ class ColumnType:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as the context creates it: its columns in order, and sets of columns that are unique together."""
+    """A table as the context creates it: its columns in order, and those that are unique together."""
 
     name: str
     columns: dict[str, ColumnType]
@@ -101,6 +101,18 @@ def read_tables(context: str) -> dict[str, Table]:
         raise QueryError(f"context: {error}") from error
     created = [s.this for s in statements if isinstance(s, exp.Create) and isinstance(s.this, exp.Schema)]
     return {schema.this.name.lower(): _table(schema) for schema in created}
+
+
+def without_checks(context: str) -> str:
+    """The statements without their CHECK constraints, which rows that are made may not meet."""
+    if "check" not in context.lower():
+        return context
+    statements = [statement for statement in sqlglot.parse(context, read="sqlite") if statement]
+    for statement in statements:
+        for check in list(statement.find_all(exp.CheckColumnConstraint)):
+            is_of_column = isinstance(check.parent, exp.ColumnConstraint)
+            (check.parent if is_of_column else check).pop()
+    return "; ".join(statement.sql("sqlite") for statement in statements)
 
 
 def _table(schema: exp.Schema) -> Table:
@@ -163,11 +175,10 @@ def read_needs(tables: dict[str, Table], gold: str) -> Needs:
         elif isinstance(node, exp.SetOperation):
             for pair in zip(reader.outputs(node.left), reader.outputs(node.right), strict=False):
                 _link_all(pair, needs)
-        elif isinstance(node, exp.Join):
-            for name in node.args.get("using") or []:
-                needs.link(
-                    *(Column(t, name.name.lower()) for t in tables if name.name.lower() in tables[t].columns)
-                )
+        elif isinstance(node, exp.Join) and (node.args.get("using") or node.method == "NATURAL"):
+            names = [name.name.lower() for name in node.args.get("using") or []]
+            for name in names or {name for table in tables.values() for name in table.columns}:
+                needs.link(*(Column(t, name) for t, table in tables.items() if name in table.columns))
         elif isinstance(node, exp.Column):
             _read_use(node, reader, needs)
         elif isinstance(node, exp.Limit | exp.Offset):

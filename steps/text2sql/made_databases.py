@@ -19,8 +19,18 @@ from steps.text2sql.column_values import (
     ordinary_dates,
     ordinary_numbers,
     ordinary_words,
+    rank,
 )
-from steps.text2sql.gold_query import Column, ColumnType, Needs, Table, Value, read_needs, read_tables
+from steps.text2sql.gold_query import (
+    Column,
+    ColumnType,
+    Needs,
+    Table,
+    Value,
+    read_needs,
+    read_tables,
+    without_checks,
+)
 from steps.text2sql.sql_execution import MadeDatabase, Row
 
 DATABASES = 24
@@ -36,10 +46,13 @@ class Style(NamedTuple):
     """How the rows of one database are drawn.
 
     `plan` says which conditions rows meet: `subsets` has each subset of them, `sweep` each near miss of one
-    condition where the others are met, `misses` those that do not meet it, `chance` neither. In further rows,
-    `rows` in all or beside the misses, all are met with the probability `met`. `keys` values are shared by columns that are compared, `variety` by the rows of another column;
-    `nulls` is a probability. `is_keyed`: one of the compared columns is unique. `has_gaps`: each column draws
-    from a part of its values. `is_skewed`: some values are drawn more often. `has_copies`: rows repeat.
+    condition where the others are met, `misses_above` and `misses_below` those that do not meet it, beside a
+    row that meets all and has the smallest or largest values in the other columns; `chance` has neither. In
+    further rows, `rows` in all or beside the misses, all are met with the probability `met`.
+
+    `keys` ordinary values are shared by columns that are compared, `variety` are in any other column; `nulls`
+    is a probability. `is_keyed`: one of the compared columns is unique. `has_gaps`: each column draws from a
+    part of its values. `is_skewed`: some values are drawn more often. `has_copies`: rows repeat.
     """
 
     plan: str
@@ -53,20 +66,25 @@ class Style(NamedTuple):
     is_skewed: bool
     has_copies: bool
 
+    @property
+    def has_misses(self) -> bool:
+        """Whether nearly all rows of a table miss a condition."""
+        return self.plan.startswith("misses")
+
 
 STYLES = (
     Style("subsets", 12, 0.5, 4, 12, 0.0, True, False, False, False),
-    Style("misses", 1, 1.0, 20, 60, 0.0, True, True, False, False),
+    Style("misses_above", 1, 1.0, 20, 60, 0.0, True, True, False, False),
     Style("chance", 8, 0.9, 3, 3, 0.1, False, False, True, True),
     Style("subsets", 16, 0.6, 5, 6, 0.1, True, False, True, False),
     Style("chance", 10, 0.8, 3, 20, 0.2, True, True, True, False),
-    Style("misses", 2, 1.0, 8, 60, 0.3, False, False, False, False),
-    Style("chance", 6, 0.7, 2, 4, 0.0, False, True, True, False),
+    Style("misses_below", 1, 1.0, 8, 60, 0.1, False, False, False, False),
+    Style("chance", 6, 0.7, 2, 1, 0.0, False, True, True, False),
     Style("subsets", 20, 0.4, 6, 4, 0.2, True, True, True, True),
-    Style("misses", 1, 1.0, 14, 60, 0.0, True, False, False, False),
+    Style("misses_above", 1, 1.0, 14, 60, 0.0, True, False, False, False),
     Style("chance", 14, 0.7, 20, 20, 0.1, False, True, True, False),
     Style("sweep", 10, 0.9, 3, 5, 0.1, True, False, True, True),
-    Style("chance", 9, 0.95, 10, 8, 0.4, True, False, True, False),
+    Style("chance", 9, 0.95, 10, 8, 0.5, True, False, True, False),
 )
 
 
@@ -84,7 +102,8 @@ def make_databases(context: str, gold: str, *, seed: int = 0, count: int = DATAB
     rng = random.Random(f"{seed}\n{context}\n{gold}")
     maker = _Maker(tables, read_needs(tables, gold), rng)
     styles = itertools.islice(itertools.cycle(STYLES), count)
-    return [MadeDatabase(context, maker.rows(style)) for style in styles]
+    created = without_checks(context)
+    return [MadeDatabase(created, maker.rows(style)) for style in styles]
 
 
 class _Maker:
@@ -110,7 +129,7 @@ class _Maker:
         missed = self._rng.choice(conditioned)
         return {
             table.name: self._table_rows(
-                name, pools, uniques, style if style.plan != "misses" or name == missed else ALL_MET
+                name, pools, uniques, style if not style.has_misses or name == missed else ALL_MET
             )
             for name, table in self._tables.items()
         }
@@ -135,7 +154,9 @@ class _Maker:
 
     def _pool(self, family: tuple[Column, ...], style: Style) -> list[Value]:
         """Values that the columns of a family draw from."""
-        size = max(style.keys if len(family) > 1 else style.variety, self._needs.rows_to_skip + 2)
+        size = style.keys if len(family) > 1 else style.variety
+        if self._needs.rows_to_skip:
+            size = max(size, self._needs.rows_to_skip + 2)
         return list(dict.fromkeys(self._near[family] + self._ordinary(family)[:size]))
 
     def _ordinary(self, family: tuple[Column, ...]) -> list[Value]:
@@ -164,16 +185,35 @@ class _Maker:
             else self._values(c, [plan[i] for plan in plans], style)
             for i, c in enumerate(columns)
         ]
+        if style.has_misses:
+            self._put_apart([d for c, d in zip(columns, drawn, strict=True) if self._is_free(c)], style)
         rows = list(zip(*drawn, strict=True))
         if style.has_copies:
             rows += self._rng.sample(rows, min(3, len(rows)))
         self._rng.shuffle(rows)
         return _without_clashes(self._tables[table], rows)
 
+    def _is_free(self, column: Column) -> bool:
+        return column not in self._needs.conditions and len(self._families[column]) == 1
+
+    def _put_apart(self, drawn: list[list[Value]], style: Style) -> None:
+        """Gives the last row, which meets all conditions, the extreme value of each column.
+
+        A row that a wrong condition lets in then changes MIN, MAX and the first of an order.
+        """
+        extreme = min if style.plan == "misses_above" else max
+        for values in drawn:
+            known = [value for value in values if value is not None]
+            if known:
+                place = values.index(extreme(known, key=rank))
+                values[-1], values[place] = values[place], values[-1]
+
     def _choices(self, column: Column, pool: list[Value], style: Style) -> Choices:
         kind, conditions = self._type(column), self._needs.conditions.get(column, [])
         if kind.is_required:
             pool = [value for value in pool if value is not None]
+        if kind.is_unique and kind.affinity == "INTEGER":  # may be the rowid, which takes nothing else
+            pool = [value for value in pool if isinstance(value, int)]
         if style.has_gaps and not conditions:
             pool = self._rng.sample(pool, math.ceil(0.6 * len(pool)))
         found: dict[tuple[bool, ...], list[Value]] = {}
@@ -186,7 +226,7 @@ class _Maker:
         """For each row the values to choose from, by column."""
         plans: list[list[list[Value]]] = []
         count = self._row_count(style)
-        if style.plan == "misses":
+        if style.has_misses:
             plans = self._sweep(columns, choices, first=1)
             count += len(plans)
         elif style.plan == "sweep":
@@ -219,10 +259,10 @@ class _Maker:
 
     def _row_count(self, style: Style) -> int:
         """Rows enough to cut by a LIMIT, and to make groups on both sides of a HAVING COUNT."""
-        if style.plan == "misses":
+        if style.has_misses:
             return min(style.rows + self._needs.rows_to_skip, MOST_ROWS)
-        sizes = [3 * size for size in self._needs.group_sizes if 0 < size < 20]
-        return min(max(style.rows, 5, self._needs.rows_to_skip + 3, *sizes, 0), MOST_ROWS)
+        sizes = [3 * size for size in self._needs.group_sizes if 0 < size <= MOST_ROWS]
+        return min(max(style.rows, 5, self._needs.rows_to_skip + 3, *sizes), 3 * MOST_ROWS)
 
     def _values(self, column: Column, choices: Choices, style: Style) -> list[Value]:
         values = [self._pick(choice, style) for choice in choices]
