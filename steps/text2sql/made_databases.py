@@ -177,10 +177,11 @@ class _Maker:
         self, table: str, pools: dict[tuple, list[Value]], uniques: set[Column], style: Style
     ) -> list[Row]:
         columns = [Column(table, name) for name in self._tables[table].columns]
-        choices = [self._choices(c, pools[self._families[c]], style) for c in columns]
+        allowed = [self._allowed(c, pools[self._families[c]]) for c in columns]
+        choices = [self._choices(c, pool, style) for c, pool in zip(columns, allowed, strict=True)]
         plans = self._plans(columns, choices, style)
         drawn = [
-            self._unique_values(c, [plan[i] for plan in plans], pools[self._families[c]])
+            self._unique_values(c, [plan[i] for plan in plans], allowed[i])
             if c in uniques
             else self._values(c, [plan[i] for plan in plans], style)
             for i, c in enumerate(columns)
@@ -208,12 +209,16 @@ class _Maker:
                 place = values.index(extreme(known, key=rank))
                 values[-1], values[place] = values[place], values[-1]
 
-    def _choices(self, column: Column, pool: list[Value], style: Style) -> Choices:
-        kind, conditions = self._type(column), self._needs.conditions.get(column, [])
+    def _allowed(self, column: Column, pool: list[Value]) -> list[Value]:
+        kind = self._type(column)
         if kind.is_required:
             pool = [value for value in pool if value is not None]
         if kind.is_unique and kind.affinity == "INTEGER":  # may be the rowid, which takes nothing else
-            pool = [value for value in pool if isinstance(value, int)]
+            pool = [value for value in pool if isinstance(value, int)] or list(range(1, MOST_ROWS))
+        return pool
+
+    def _choices(self, column: Column, pool: list[Value], style: Style) -> Choices:
+        kind, conditions = self._type(column), self._needs.conditions.get(column, [])
         if style.has_gaps and not conditions:
             pool = self._rng.sample(pool, math.ceil(0.6 * len(pool)))
         found: dict[tuple[bool, ...], list[Value]] = {}
@@ -278,7 +283,8 @@ class _Maker:
 
     def _unique_values(self, column: Column, choices: Choices, pool: list[Value]) -> list[Value]:
         """Different values, those that a row may choose from where some are left."""
-        spare = [v for v in self._ordinary(self._families[column]) if v not in pool]
+        ordinary = self._allowed(column, self._ordinary(self._families[column]))
+        spare = [value for value in ordinary if value not in pool]
         free = dict.fromkeys(self._rng.sample(pool, len(pool)) + spare)
         found = []
         for choice in choices:
