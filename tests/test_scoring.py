@@ -125,9 +125,11 @@ def test_a_prediction_that_takes_too_long_is_wrong(database):
     assert found.reason == "took over 0.1 s"
 
 
-def test_without_a_database_nothing_is_run():
-    found = judge(GOLD, database=None)
-    assert (found.exact_match, found.valid_sql, found.execution_accuracy) == (True, True, None)
+def test_without_a_database_the_rows_of_made_databases_decide():
+    assert judge(f"{GOLD} AND 1", database=None) == Verdict(False, False, True, True, True, "")
+    found = judge("SELECT name FROM singer WHERE age = 31", database=None)
+    assert (found.valid_sql, found.execution_accuracy) == (True, False)
+    assert found.reason == "other rows than gold"
 
 
 def test_a_broken_context_makes_the_prediction_invalid_and_keeps_the_match_of_its_text():
