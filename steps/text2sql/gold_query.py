@@ -67,7 +67,8 @@ class Needs:
     """What rows must show for a gold query to be told from its neighbours.
 
     `linked` are sets of columns that are compared with each other or meet in a set operation, `keys` those of
-    them that are compared, `listed` stand in SELECT as they are; `group_sizes` are constants that a COUNT is
+    them that are compared, `listed` stand in SELECT as they are; `has_alternatives` says that there is
+    an OR; `group_sizes` are constants that a COUNT is
     compared with; `rows_to_skip` is LIMIT plus OFFSET.
     """
 
@@ -79,6 +80,7 @@ class Needs:
     dates: set[Column] = field(default_factory=set)
     grouped: set[Column] = field(default_factory=set)
     listed: set[Column] = field(default_factory=set)
+    has_alternatives: bool = False
     group_sizes: list[int] = field(default_factory=list)
     rows_to_skip: int = 0
 
@@ -172,6 +174,8 @@ def read_needs(tables: dict[str, Table], gold: str) -> Needs:
     for node in tree.walk():
         if isinstance(node, PREDICATES):
             _read_predicate(node, reader, needs)
+        elif isinstance(node, exp.Or):
+            needs.has_alternatives = True
         elif isinstance(node, exp.SetOperation):
             for pair in zip(reader.outputs(node.left), reader.outputs(node.right), strict=False):
                 _link_all(pair, needs)

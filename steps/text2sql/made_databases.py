@@ -246,7 +246,9 @@ class _Maker:
         for i, column in enumerate(columns):
             if column in self._needs.conditions:
                 for value in itertools.chain(*choices[i][first:]):
-                    plan = [self._most_met(choice) for choice in choices]
+                    # Where an OR would let a row in all the same, no condition is met.
+                    is_unmet = first and self._needs.has_alternatives and self._rng.random() < 0.5
+                    plan = [choice[-1] if is_unmet else self._most_met(choice) for choice in choices]
                     plan[i] = [value]
                     plans.append(plan)
         return self._rng.sample(plans, min(len(plans), MOST_ROWS))
