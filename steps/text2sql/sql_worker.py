@@ -41,11 +41,10 @@ LIMITS = {
 # Bytes that SQLite may allocate, and the whole process with what Python needs to hand on a result.
 MAX_SQLITE_MEMORY = 100_000_000
 MAX_PROCESS_MEMORY = 200_000_000
-# Sorting would otherwise go to files; a schema, which is somebody else's too, calls harmless functions only.
+# Sorting would otherwise go to files.
 SETTINGS = f"""
     PRAGMA hard_heap_limit = {MAX_SQLITE_MEMORY};
     PRAGMA temp_store = MEMORY;
-    PRAGMA trusted_schema = OFF;
 """
 # Often enough to stop within milliseconds, seldom enough to cost nothing.
 OPCODES_BETWEEN_CHECKS = 1_000
@@ -57,7 +56,7 @@ ROWS_AT_ONCE = 16
 # A token of the query may be the reason's longest part.
 MAX_REASON_LENGTH = 300
 # The process ends by itself when it is that late: then the one that should have killed it is gone.
-ORPHAN_SECONDS = 5
+ORPHAN_SECONDS = 2
 
 ENCODER = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), default=lambda blob: {"hex": blob.hex()}
