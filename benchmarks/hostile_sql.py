@@ -30,10 +30,9 @@ def main() -> None:
         ended = sum("took over" in row["found"] for row in report)
         other = sum(not re.search(row["end"], row["found"]) for row in report)
         latest = max(report, key=lambda row: row["late"])
-        print(
-            f"| {seconds:g} s | {ended} of {len(report)} | {other} | {latest['late']:.3f} s ({latest['claim']}) "
-            f"| {sum(done['peak_bytes']) / 1e6:.0f} MB |"
-        )
+        memory = f"{sum(done['peak_bytes']) / 1e6:.0f} MB"
+        cells = (f"{seconds:g} s", ended, other, f"{latest['late']:.3f} s ({latest['claim']})", memory)
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":

@@ -38,11 +38,15 @@ class SqlProcess:
         A `["late"]` or `["died"]` may be the last before its time: that query ended the process.
         """
         request = request | {"seconds": seconds}
-        is_new = self._start()
-        replies = self._replies(request, seconds + GRACE_SECONDS)
-        if replies == [["died"]] and not is_new:  # killed while it waited, which could not be seen yet
-            self._start()
+        try:
+            is_new = self._start()
             replies = self._replies(request, seconds + GRACE_SECONDS)
+            if replies == [["died"]] and not is_new:  # killed while it waited, which could not be seen yet
+                self._start()
+                replies = self._replies(request, seconds + GRACE_SECONDS)
+        except BaseException:  # Ctrl-C among them: the next reply would be one to this request
+            self.stop()
+            raise
         return replies
 
     def _start(self) -> bool:
@@ -78,9 +82,6 @@ class SqlProcess:
         except ConnectionError:
             self.stop()
             replies.append(["died"])
-        except BaseException:  # Ctrl-C among them: the next reply would be one to this request
-            self.stop()
-            raise
         return replies
 
     def _send(self, request: dict[str, Any], deadline: float) -> None:
