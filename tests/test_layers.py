@@ -14,7 +14,7 @@ STEPS = PROJECT / "steps"
 FILES = {path.relative_to(PROJECT).as_posix(): ast.parse(path.read_text()) for path in STEPS.rglob("*.py")}
 LIBRARY = [name for name in FILES if name.startswith("steps/text2sql/")]
 MAY_IMPORT_MLFLOW = {f"steps/text2sql/{name}.py" for name in ("tracking", "packaging", "sql_model")}
-MAY_IMPORT_SQLITE = {f"steps/text2sql/{name}.py" for name in ("sql_execution", "sample_data")}
+MAY_IMPORT_SQLITE = {f"steps/text2sql/{name}.py" for name in ("sql_worker", "sample_data")}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
