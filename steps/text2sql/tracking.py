@@ -30,6 +30,7 @@ REJECTED = "rejected.jsonl"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.json"
+ROWS = "rows"
 MODEL = "model"
 
 CHALLENGER = "challenger"
