@@ -4,10 +4,24 @@ from pathlib import Path
 
 import mlflow
 import pandas
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from steps.text2sql import dataset, evaluation, manifest, packaging, scored_rows, scoring, tracking
+from steps.text2sql import (
+    assessments,
+    dataset,
+    evaluation,
+    figures,
+    manifest,
+    packaging,
+    report,
+    scored_rows,
+    scoring,
+    slices,
+    tracking,
+)
 from steps.text2sql.device import free_memory_bytes
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import DatasetManifest
@@ -30,7 +44,8 @@ def main(params: EvaluateParams) -> None:
         rows = gather(params, described.of_dataset, folder)
         answers = generate(packaging.load(package, source=source), rows, batch_size=params.eval_batch_size)
         verdicts = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
-    report(version, rows, answers, verdicts)
+        model_id = packaging.model_id(package)
+    keep(version, model_id, rows, answers, verdicts)
 
 
 def find_version(model_uri: str) -> ModelVersion:
@@ -85,13 +100,39 @@ def score(
     }
 
 
-def report(
-    version: ModelVersion, rows: pandas.DataFrame, answers: dict[str, list], verdicts: dict[str, list]
+def keep(
+    version: ModelVersion,
+    model_id: str,
+    rows: pandas.DataFrame,
+    answers: dict[str, list],
+    verdicts: dict[str, list],
 ) -> None:
-    """Log metrics and the table of predictions, and link version and run to each other."""
-    metrics = scoring.metrics(verdicts[TUNED]) | scoring.metrics(verdicts[BASE], prefix=BASE)
-    mlflow.log_metrics(metrics | {"evaluated_rows": len(rows)})
-    mlflow.log_table(evaluation.predictions(rows, answers, verdicts), tracking.PREDICTIONS)
+    """Log all that there is to read, and link version and run to each other."""
+    metrics = evaluation.metrics(verdicts)
+    predictions = evaluation.predictions(rows, answers, verdicts)
+    headline = scoring.headline(metrics)
+    right = {prefix: predictions[f"{prefix}{headline}"] for prefix in (TUNED, BASE)}
+    by_slice = slices.table(predictions["gold"], right)
+    log_metrics(model_id, rows, metrics | slices.metrics(by_slice, metric=headline, prefixes=(TUNED, BASE)))
+    tag(version, rows)
+    show(version, metrics, predictions, by_slice, headline)
+    assessments.log(predictions, model_id=model_id)
+    print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
+
+
+def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]) -> None:
+    """Log metrics with the model and the rows that they belong to: they show on the version's page too."""
+    # MLflow knows no kind of source for an artifact of a run.
+    source = CodeDatasetSource({"artifact": tracking.artifact_uri(f"{tracking.ROWS}/{scored_rows.FILE}")})
+    of_rows = mlflow.data.from_pandas(
+        rows, source=source, targets="answer", name="evaluated_rows", digest=scored_rows.digest(rows)[:36]
+    )
+    mlflow.log_input(of_rows, context="evaluation", model=LoggedModelInput(model_id))
+    mlflow.log_metrics(metrics, model_id=model_id, dataset=of_rows)
+
+
+def tag(version: ModelVersion, rows: pandas.DataFrame) -> None:
+    """Link version and run to each other."""
     mlflow.set_tags(
         {
             tracking.TAG_MODEL_NAME: version.name,
@@ -102,7 +143,28 @@ def report(
     mlflow.MlflowClient().set_model_version_tag(
         version.name, version.version, tracking.TAG_EVALUATION_RUN, tracking.run_id()
     )
-    print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
+
+
+def show(
+    version: ModelVersion,
+    metrics: dict[str, float],
+    predictions: pandas.DataFrame,
+    by_slice: pandas.DataFrame,
+    headline: str,
+) -> None:
+    """Log what a person looks at: the tables, the picture of the slices, and the page."""
+    picture = figures.slice_accuracy(by_slice, base_prefix=BASE, metric=headline)
+    page = report.render(
+        f"{version.name} version {version.version}",
+        metrics=metrics,
+        predictions=predictions,
+        picture=picture,
+        headline=headline,
+    )
+    mlflow.log_table(predictions, tracking.PREDICTIONS)
+    mlflow.log_table(by_slice, tracking.SLICES)
+    mlflow.log_figure(picture, tracking.SLICES_PICTURE)
+    mlflow.log_text(page, tracking.REPORT)
 
 
 if __name__ == "__main__":

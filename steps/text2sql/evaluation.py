@@ -94,6 +94,14 @@ def judge(
     ]
 
 
+def metrics(verdicts: Mapping[str, Sequence[scoring.Verdict]]) -> dict[str, float]:
+    """Shares with their bounds and counts of failures of each model (by prefix), and the number of rows."""
+    found: dict[str, float] = {}
+    for prefix, of_model in verdicts.items():
+        found |= scoring.metrics(of_model, prefix=prefix) | scoring.failure_counts(of_model, prefix=prefix)
+    return found | {"evaluated_rows": len(of_model)}
+
+
 def predictions(
     rows: pandas.DataFrame,
     answers: Mapping[str, Sequence[Generated]],

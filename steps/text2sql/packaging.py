@@ -99,6 +99,11 @@ def read_manifest(package: Path, *, source: str) -> AdapterManifest:
     return manifest.read(AdapterManifest, package / "artifacts" / "adapter", source=source)
 
 
+def model_id(package: Path) -> str:
+    """Id of the logged model that a package is; the version of a SQLite registry does not know it."""
+    return Model.load(str(package / MLMODEL_FILE_NAME)).model_id
+
+
 def ask_in_fresh_process(model_uri: str, environment: dict[str, str]) -> str:
     """Load a logged model in another process and another folder, and ask it `EXAMPLE`.
 
