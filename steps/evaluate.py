@@ -114,7 +114,7 @@ def keep(
     right = {prefix: predictions[f"{prefix}{headline}"] for prefix in (TUNED, BASE)}
     by_slice = slices.table(predictions["gold"], right)
     log_metrics(model_id, rows, metrics | slices.metrics(by_slice, metric=headline, prefixes=(TUNED, BASE)))
-    tag(version, rows)
+    link(version, rows, {headline: scoring.summary(metrics, headline)})
     show(version, metrics, predictions, by_slice, headline)
     assessments.log(predictions, model_id=model_id)
     print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
@@ -123,7 +123,7 @@ def keep(
 def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]) -> None:
     """Log metrics with the model and the rows that they belong to: they show on the version's page too."""
     # MLflow knows no kind of source for an artifact of a run.
-    source = CodeDatasetSource({"artifact": tracking.artifact_uri(f"{tracking.ROWS}/{scored_rows.FILE}")})
+    source = CodeDatasetSource({"artifact": tracking.artifact_uri(f"{tracking.ROWS}/{tracking.ROWS_FILE}")})
     of_rows = mlflow.data.from_pandas(
         rows, source=source, targets="answer", name="evaluated_rows", digest=scored_rows.digest(rows)[:36]
     )
@@ -131,8 +131,8 @@ def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]
     mlflow.log_metrics(metrics, model_id=model_id, dataset=of_rows)
 
 
-def tag(version: ModelVersion, rows: pandas.DataFrame) -> None:
-    """Link version and run to each other."""
+def link(version: ModelVersion, rows: pandas.DataFrame, scores: dict[str, str]) -> None:
+    """Name version and run in each other; scores become tags of the version, whose page has no metrics."""
     mlflow.set_tags(
         {
             tracking.TAG_MODEL_NAME: version.name,
@@ -140,9 +140,8 @@ def tag(version: ModelVersion, rows: pandas.DataFrame) -> None:
             tracking.TAG_EVALUATED_ROWS: scored_rows.digest(rows),
         }
     )
-    mlflow.MlflowClient().set_model_version_tag(
-        version.name, version.version, tracking.TAG_EVALUATION_RUN, tracking.run_id()
-    )
+    for name, value in (scores | {tracking.TAG_EVALUATION_RUN: tracking.run_id()}).items():
+        mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
 
 
 def show(

@@ -17,12 +17,14 @@ from steps.text2sql import scoring
 # MLflow writes every verdict in a transaction of its own: 100 rows cost a local store ten seconds and more.
 MAX_ROWS = 100
 VERDICTS = (scoring.EXECUTION_ACCURACY, "exact_match", "valid_sql")
-# There is no service to spare, and threads would only wait for each other's lock on SQLite.
+# There is no service to spare, and of ten threads that write to SQLite at once most rows' traces got lost.
 SETTINGS = {
     "MLFLOW_GENAI_EVAL_MAX_WORKERS": "1",
     "MLFLOW_GENAI_EVAL_MAX_SCORER_WORKERS": "1",
     "MLFLOW_GENAI_EVAL_PREDICT_RATE_LIMIT": "0",
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
 }
+
 
 def log(predictions: pandas.DataFrame, *, model_id: str | None) -> None:
     """Score finished answers through `mlflow.genai.evaluate`: a trace a row, with its verdicts as feedback.

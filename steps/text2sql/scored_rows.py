@@ -10,10 +10,9 @@ import pandas
 from steps.text2sql import databases, dataset, splits
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import DatasetManifest
+from steps.text2sql.tracking import ROWS_FILE
 
 logger = logging.getLogger(__name__)
-
-FILE = "rows.jsonl"
 
 
 def of_prepared(folder: Path, *, source: str) -> pandas.DataFrame:
@@ -86,5 +85,5 @@ def write(rows: pandas.DataFrame, folder: Path, *, seed: int) -> pandas.DataFram
     if dataset.DATABASE in rows:
         names = rows[dataset.DATABASE].astype(object).where(rows[dataset.DATABASE].notna(), None)
         kept[dataset.DATABASE] = databases.write(list(names), folder, seed=seed)
-    kept.to_json(folder / FILE, orient="records", lines=True, force_ascii=True)
+    kept.to_json(folder / ROWS_FILE, orient="records", lines=True, force_ascii=True)
     return kept

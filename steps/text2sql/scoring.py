@@ -104,6 +104,13 @@ def headline(found: Mapping[str, float]) -> str:
     return EXECUTION_ACCURACY if EXECUTION_ACCURACY in found else "exact_match"
 
 
+def summary(found: Mapping[str, float], name: str) -> str:
+    """One metric in words: its share and interval, that of the base, and the number of rows."""
+    low, high = found[f"{name}_low"], found[f"{name}_high"]
+    base, rows = found[BASE_PREFIX + name], found["evaluated_rows"]
+    return f"{found[name]:.4f} ({low:.4f} to {high:.4f}), base {base:.4f}, {rows:.0f} rows"
+
+
 def wilson_interval(right: int, rows: int) -> tuple[float, float]:
     """Bounds of the 95 % score interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953).
 
