@@ -229,14 +229,15 @@ def test_all_settings_of_lora_and_quantization_are_logged(chain):
 
 
 def test_evaluate_logs_the_metrics_of_the_version_and_of_its_base(chain):
-    names = EVALUATION_METRICS | {f"base_{name}" for name in EVALUATION_METRICS} | {"evaluated_rows"}
-    assert set(chain.evaluate.data.metrics) == names
+    names = {f"{name}{end}" for name in EVALUATION_METRICS for end in ("", "_low", "_high")}
+    logged = {name for name in chain.evaluate.data.metrics if "/" not in name}
+    assert logged == names | {f"base_{name}" for name in names} | {"evaluated_rows"}
     assert chain.evaluate.data.metrics["evaluated_rows"] == 6
 
 
 def test_the_table_of_predictions_has_verdicts_of_the_version_and_of_its_base(chain):
     table = load_dict(of_artifact(chain.evaluate, "predictions.json"))
-    of_model = ["prediction", *EVALUATION_METRICS, "reason"]
+    of_model = ["prediction", *EVALUATION_METRICS, "reason", "detail"]
     expected = {"question", "context", "gold", *of_model, *(f"base_{name}" for name in of_model)}
     assert set(table["columns"]) == expected
     frame = pandas.DataFrame(**table)
@@ -257,6 +258,8 @@ def test_the_version_says_where_it_comes_from_and_why_it_was_promoted(chain, tin
     tags = dict(mlflow.MlflowClient().get_model_version("text2sql", "1").tags)
     manifest = load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
     assert tags.pop("gate_reason").startswith("first champion, execution_accuracy 0.")
+    score = chain.evaluate.data.metrics["execution_accuracy"]
+    assert tags.pop("execution_accuracy").startswith(f"{score:.4f} (")
     assert tags == {
         "base_model": str(tiny_base),
         "base_commit": "",

@@ -49,7 +49,7 @@ def test_the_four_file_formats_give_the_same_rows(tmp_path):
 
 
 def test_other_columns_are_left_out_and_the_order_of_columns_does_not_matter(tmp_path):
-    rows = read_text(tmp_path / "rows.csv", "id,answer,database,question,context\n7,a,d,q,c\n")
+    rows = read_text(tmp_path / "rows.csv", "id,answer,source,question,context\n7,a,d,q,c\n")
     assert rows.to_dict("records") == [{"question": "q", "context": "c", "answer": "a"}]
 
 
