@@ -10,6 +10,8 @@ from pathlib import Path
 import mlflow
 import pandas
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 
 from steps import promote
 from steps.text2sql import promotion_lock, promotions, tracking, training_rows
@@ -586,6 +588,34 @@ def test_a_lock_that_was_renewed_meanwhile_is_given_back(store, left):
     promotion_lock._take_away(promotion_lock.Lock(MODEL, "dead"))
     assert locks() == ["text2sql.lock"]
     assert promotion_lock.holder(promotion_lock.Lock(MODEL, "")).run_id == "alive"
+
+
+@pytest.mark.parametrize("code", [RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST])
+def test_a_lock_that_was_given_back_while_asking_for_it_is_asked_for_again(store, monkeypatch, code):
+    create, answers = mlflow.MlflowClient.create_registered_model, [MlflowException("raced", code)]
+
+    def late(*args, **options):
+        if answers:
+            raise answers.pop()
+        return create(*args, **options)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_registered_model", late)
+    with promotion_lock.held(MODEL, run_id="abc"):
+        assert locks() == ["text2sql.lock"]
+    assert locks() == []
+
+
+def test_a_lock_whose_answer_was_lost_is_held(store, monkeypatch):
+    create = mlflow.MlflowClient.create_registered_model
+
+    def lost(*args, **options):
+        create(*args, **options)
+        raise MlflowException("asked twice", RESOURCE_ALREADY_EXISTS)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_registered_model", lost)
+    with promotion_lock.held(MODEL, run_id="abc") as lock:
+        lock.check()
+    assert locks() == []
 
 
 def test_a_users_model_with_the_locks_name_is_left_alone(scored):

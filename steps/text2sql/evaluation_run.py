@@ -62,7 +62,7 @@ def settings(run_id: str) -> dict[str, str]:
     names = {field.name for field in dataclasses.fields(EvaluateParams)} - WHAT_IS_SCORED
     logged = _get(run_id).data.params
     # MLflow logs a project's parameters as the words that the shell gets.
-    return {name: shlex.split(logged[name])[0] for name in names & logged.keys()}
+    return {name: "".join(shlex.split(logged[name])) for name in names & logged.keys()}
 
 
 def _get(run_id: str) -> Run:
@@ -90,7 +90,7 @@ def _verdicts(rows: list[Mapping[str, Any]], prefix: str = "") -> Verdicts:
     """Verdicts by row; of a row that occurs several times, whether all of them are right."""
     found: dict[Row, bool | None] = {}
     for row in rows:
-        key = tuple(row[name] for name in ROW_COLUMNS)
+        key = tuple(str(row[name]) for name in ROW_COLUMNS)
         verdict = row.get(prefix + EXECUTION_ACCURACY)
         # After MLflow's round trip a column with gaps is 1.0, 0.0 and NaN.
         verdict = bool(verdict) if verdict in (True, False) else None

@@ -100,7 +100,8 @@ def _create(lock: Lock) -> bool:
     try:
         mlflow.MlflowClient().create_registered_model(lock.name, tags=tags, description=says)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        # The second code: it was there, and was removed before the store could look at it.
+        if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
             raise
         return holder(lock) == lock  # it is this one if the answer to a first request was lost
     return True

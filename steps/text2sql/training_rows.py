@@ -12,7 +12,7 @@ DIGITS = 16
 def row_hash(question: str, context: str) -> str:
     """Hash of a row without regard to white space and letter case: a respaced row is still known."""
     text = "\x00".join(" ".join(part.split()).lower() for part in (question, context))
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:DIGITS]
 
 
 def hashes(rows: Iterable[tuple[str, str]]) -> list[str]:
