@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-import datasets
 import mlflow
 import pandas
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from steps.text2sql import evaluation, manifest, scoring, tracking
+from steps.text2sql import dataset, evaluation, manifest, packaging, scored_rows, scoring, tracking
+from steps.text2sql.device import free_memory_bytes
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import EvaluateParams
+from steps.text2sql.manifest import DatasetManifest
+from steps.text2sql.params import Auto, EvaluateParams
 from steps.text2sql.sql_model import BaseModelError, SQLModel
 
 # The adapter is off for the second one; its metrics and columns begin with its prefix.
@@ -20,10 +21,14 @@ TUNED, BASE = "", scoring.BASE_PREFIX
 def main(params: EvaluateParams) -> None:
     """Answer and score test rows with and without the adapter; log metrics and predictions."""
     version = find_version(params.model_uri)
-    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
-        test = datasets.load_from_disk(folder, keep_in_memory=True)["test"].to_pandas()
-        rows = evaluation.choose_rows(test, params.eval_rows)
-        answers = generate(load(version), rows, batch_size=params.eval_batch_size)
+    uri, source = f"models:/{version.name}/{version.version}", f"model_uri={params.model_uri}"
+    with (
+        tracking.downloaded(uri, parameter="model_uri", needs=packaging.MLMODEL_FILE_NAME) as package,
+        tracking.logged_folder(tracking.ROWS) as folder,
+    ):
+        described = packaging.read_manifest(package, source=source)
+        rows = gather(params, described.of_dataset, folder)
+        answers = generate(packaging.load(package, source=source), rows, batch_size=params.eval_batch_size)
         verdicts = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
     report(version, rows, answers, verdicts)
 
@@ -32,21 +37,35 @@ def find_version(model_uri: str) -> ModelVersion:
     """The registered version behind `models:/name/version` or `models:/name@alias`."""
     name, _, alias = model_uri.removeprefix("models:/").partition("@")
     if not alias:
-        return tracking.model_version(*name.split("/"))
+        try:
+            return tracking.model_version(*name.split("/"))
+        except UserError as error:
+            raise UserError(f"model_uri={model_uri}: {error}") from error
     try:
         return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
     except MlflowException as error:
         raise UserError(f"model_uri={model_uri}: {error.message}") from error
 
 
-def load(version: ModelVersion) -> SQLModel:
-    """The package as it is registered, not a model left over in memory."""
-    return mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}").unwrap_python_model()
+def gather(params: EvaluateParams, trained_on: DatasetManifest, folder: Path) -> pandas.DataFrame:
+    """The rows to score, written into a folder with their databases."""
+
+    def keep(candidates: pandas.DataFrame) -> pandas.DataFrame:
+        chosen = scored_rows.choose(candidates, params.eval_rows)
+        return scored_rows.write(chosen, folder, seed=trained_on.seed)
+
+    if params.dataset:
+        return keep(scored_rows.of_dataset(dataset.resolve(params.dataset, base_is_hub=False), trained_on))
+    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as prepared:
+        return keep(scored_rows.of_prepared(prepared, source=f"dataset_uri={params.dataset_uri}"))
 
 
-def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int) -> dict[str, list]:
+def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int | Auto) -> dict[str, list]:
     """Answers of the tuned model and of its base, with the same budget of new tokens."""
     budget = evaluation.token_budget(model.tokenizer, rows["answer"])
+    if batch_size == "auto":
+        batch_size = evaluation.find_batch_size(model, rows, max_new_tokens=budget, free=free_memory_bytes())
+        tracking.log_choices(eval_batch_size=f"{batch_size} rows (auto: by free memory)")
     mlflow.log_param("max_new_tokens", budget)
     return {
         prefix: evaluation.answer(
@@ -77,7 +96,7 @@ def report(
         {
             tracking.TAG_MODEL_NAME: version.name,
             tracking.TAG_MODEL_VERSION: version.version,
-            tracking.TAG_EVALUATED_ROWS: evaluation.rows_digest(rows),
+            tracking.TAG_EVALUATED_ROWS: scored_rows.digest(rows),
         }
     )
     mlflow.MlflowClient().set_model_version_tag(

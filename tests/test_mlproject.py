@@ -17,6 +17,7 @@ SPEC = yaml.safe_load((PROJECT / "MLproject").read_text())
 ENTRY_POINTS: dict[str, dict[str, Any]] = SPEC["entry_points"]
 DECLARED = {name: entry.get("parameters", {}) for name, entry in ENTRY_POINTS.items()}
 STEP_MODULES = [name for name in ENTRY_POINTS if name != "tests"]
+ROWS_OF_EVALUATE = ("dataset_uri", "dataset")
 # As the README and DESIGN.md promise them.
 MAIN = {
     "base_model": "auto",
@@ -99,17 +100,28 @@ def test_the_entry_point_tests_runs_pytest_without_parameters():
     assert ENTRY_POINTS["tests"] == {"command": "python -m pytest tests"}
 
 
+def shared(entry_point: str) -> dict[str, dict[str, str]]:
+    """Parameters that mean the same in every entry point: evaluate alone takes one of two kinds of rows."""
+    declared = DECLARED[entry_point].items()
+    return {n: kind for n, kind in declared if entry_point != "evaluate" or n not in ROWS_OF_EVALUATE}
+
+
 def test_a_parameter_of_several_entry_points_has_one_default():
     seen: dict[str, object] = {}
-    for name, kind in ((n, k) for declared in DECLARED.values() for n, k in declared.items()):
+    for name, kind in ((n, k) for entry_point in DECLARED for n, k in shared(entry_point).items()):
         default = kind.get("default", "none given")
         assert seen.setdefault(name, default) == default, name
+
+
+def test_evaluate_has_no_rows_by_default():
+    assert {DECLARED["evaluate"][name]["default"] for name in ROWS_OF_EVALUATE} == {""}
 
 
 def test_every_default_is_written_once():
     text = (PROJECT / "MLproject").read_text()
     written = re.findall(r"^\s*(\w+): \{type: string, default:", text, re.MULTILINE)
-    assert sorted(written) == sorted({n for d in DECLARED.values() for n, k in d.items() if "default" in k})
+    names = {n for point in DECLARED for n, kind in shared(point).items() if "default" in kind}
+    assert sorted(written) == sorted([*names, *ROWS_OF_EVALUATE])
 
 
 def test_no_field_of_a_dataclass_has_a_default():

@@ -26,7 +26,7 @@ FOUND = {
 def parsed(step: str, **values: object) -> object:
     """A step's parameters: the defaults and these values."""
     needed = {name: FOUND[name] for name in CHAIN[step].__annotations__ if name in FOUND}
-    return parse(CHAIN[step], words(needed | defaults(step) | values))
+    return parse(CHAIN[step], words(defaults(step) | needed | values))
 
 
 def refusal(step: str, **values: object) -> str:
@@ -63,6 +63,30 @@ def test_the_defaults_of_main_are_valid_and_reach_every_step_that_declares_them(
     assert {name for values in found.steps.values() for name in values} == set(defaults("main")) - {
         "promotion"
     }
+
+
+def test_main_hands_its_dataset_to_prepare_data_alone():
+    found = parse_main(words(defaults("main") | {"dataset": "sample"}))
+    assert [step for step, values in found.steps.items() if "dataset" in values] == ["prepare_data"]
+
+
+def test_main_takes_every_dataset_that_prepare_data_takes(users_folder):
+    assert (
+        parse_main(words(defaults("main") | {"dataset": "auto"})).steps["prepare_data"]["dataset"] == "auto"
+    )
+    assert main_refusal(dataset="").startswith("dataset=: must be auto, sample")
+
+
+def test_evaluate_takes_exactly_one_kind_of_rows(tmp_path):
+    assert parsed("evaluate", dataset_uri="", dataset="sample").dataset == "sample"
+    for dataset_uri, dataset in (("", ""), ("runs:/0a1b/dataset", "sample")):
+        message = refusal("evaluate", dataset_uri=dataset_uri, dataset=dataset)
+        assert message.startswith(f"dataset_uri={dataset_uri}, dataset={dataset}: give exactly one of them")
+
+
+def test_evaluate_refuses_auto_which_says_what_to_train_on():
+    message = refusal("evaluate", dataset_uri="", dataset="auto")
+    assert message.startswith("dataset=auto: must be sample, a hub id or an absolute path")
 
 
 def test_values_arrive_with_the_type_of_their_field():
@@ -132,7 +156,8 @@ def test_all_problems_come_in_one_message_a_line_each():
         ("prepare_data", "seed", "-1", "greater than or equal to 0"),
         ("prepare_data", "seed", "4294967296", "less than 4294967296"),
         ("evaluate", "eval_rows", "0", "greater than or equal to 1"),
-        ("evaluate", "eval_batch_size", "0", "greater than or equal to 1"),
+        ("evaluate", "eval_batch_size", "0", "'auto' or greater than or equal to 1"),
+        ("evaluate", "eval_batch_size", "many", "'auto' or a valid integer"),
         ("evaluate", "query_timeout_seconds", "0", "greater than 0"),
         ("promote", "version", "0", "greater than or equal to 1"),
         ("promote", "version", "latest", "valid integer"),

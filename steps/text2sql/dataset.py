@@ -15,7 +15,8 @@ from steps.text2sql import hub, sample_data
 from steps.text2sql.errors import UserError
 
 COLUMNS = ("question", "context", "answer")
-# Path of a SQLite file below the dataset's folder; only rows that have one can be scored by running SQL.
+INCOMPLETE = "is missing, empty or not text"
+# Path of a SQLite file that belongs to a row's context, relative to the rows' own folder.
 DATABASE = "database"
 HUB_DATASET = "b-mc2/sql-create-context@9d80a6a118b838d9defc3798d659a54a2ac2ff37"
 INSTEAD = "dataset=<absolute path of a JSONL, JSON, CSV or Parquet file> or dataset=sample"
@@ -53,10 +54,12 @@ def resolve(dataset: str, *, base_is_hub: bool) -> DatasetSource:
 
 
 def read(source: DatasetSource, *, seed: int) -> pandas.DataFrame:
-    """All rows with the columns of `COLUMNS`, and `DATABASE` (a domain's name) for the built-in ones.
+    """All rows with the columns of `COLUMNS`, and `DATABASE` where they have it.
+
+    For the built-in rows that is the name of a domain, for others the absolute path of a file.
 
     Raises:
-        UserError: naming the line, the encoding or the missing columns.
+        UserError: naming the line, the encoding, the missing columns or the missing database files.
     """
     if source.kind == "sample":
         rows = pandas.DataFrame(sample_data.generate(seed))
@@ -71,7 +74,22 @@ def read(source: DatasetSource, *, seed: int) -> pandas.DataFrame:
     if missing:
         found = ", ".join(map(str, rows.columns))
         raise UserError(f"{problem}: lacks the columns {', '.join(missing)}; found: {found}.")
-    return rows[[*COLUMNS, *(c for c in (DATABASE,) if source.kind == "sample")]]
+    if DATABASE in rows.columns and source.kind == "file":
+        rows[DATABASE] = _located(rows[DATABASE], Path(source.location))
+    return rows[[*COLUMNS, *(c for c in (DATABASE,) if c in rows.columns and source.kind != "hub")]]
+
+
+def _located(names: pandas.Series, file: Path) -> pandas.Series:
+    """Absolute path of each row's database, None where a row names none."""
+    paths = names.map(lambda name: str(file.parent / name) if isinstance(name, str) and name else None)
+    missing = sorted({path for path in paths.dropna() if not Path(path).is_file()})
+    if missing:
+        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise UserError(
+            f"dataset={file}: its column {DATABASE} names files that do not exist: {some}. Give paths that "
+            "are absolute or relative to the file of the rows, or rename the column if it is something else."
+        )
+    return paths.astype(object).where(paths.notna(), None)
 
 
 def _read_file(path: Path) -> pandas.DataFrame:
@@ -161,7 +179,7 @@ def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     for name in COLUMNS:
         is_text = rows[name].map(_is_text)
         rows[name] = rows[name].where(is_text, "").str.strip()
-        reasons[(rows[name] == "") & (reasons == "")] = f"{name} is missing, empty or not text"
+        reasons[(rows[name] == "") & (reasons == "")] = f"{name} {INCOMPLETE}"
     complete = rows[reasons == ""]
     answers = (
         complete.drop_duplicates(list(COLUMNS)).groupby(["question", "context"])["answer"].transform("size")

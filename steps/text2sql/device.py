@@ -3,6 +3,7 @@
 import os
 import resource
 
+import psutil
 import torch
 
 from steps.text2sql.sql_model import pick_device
@@ -18,6 +19,11 @@ def describe_device() -> str:
     return (
         f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {name} (compute capability {gpu.major}.{gpu.minor})"
     )
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had now: on the GPU, or what the system can give without swapping."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
 
 
 def peak_memory_gib() -> float:

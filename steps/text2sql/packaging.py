@@ -8,11 +8,11 @@ from pathlib import Path
 
 import mlflow
 import yaml
-from mlflow.models.model import ModelInfo
+from mlflow.models.model import MLMODEL_FILE_NAME, Model, ModelInfo
 from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
-from steps.text2sql import sql_model
+from steps.text2sql import manifest, sql_model
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.screen import EXAMPLE
@@ -67,6 +67,36 @@ def log_model(adapter: Path, described: AdapterManifest, *, name: str) -> ModelI
             pip_requirements=requirements(),
             metadata=config | {"base_commit": source.base_commit, "dataset_digest": source.dataset_digest},
         )
+
+
+def load(package: Path, *, source: str) -> sql_model.SQLModel:
+    """The model of a package as it would be served; `source` is the parameter and value of the package.
+
+    Raises:
+        UserError: its base or its adapter does not load.
+    """
+    try:
+        return mlflow.pyfunc.load_model(str(package)).unwrap_python_model()
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:  # the package's own file has a BaseModelError of its own
+        raise UserError(f"{source}: does not load: {error}") from error
+
+
+def read_manifest(package: Path, *, source: str) -> AdapterManifest:
+    """What the adapter of a package was made of; `source` as in `load`.
+
+    Raises:
+        UserError: it has no signature, or is no package of this project.
+    """
+    described = Model.load(str(package / MLMODEL_FILE_NAME))
+    if described.signature is None:
+        raise UserError(f"{source}: has no signature; score a version that the step register made.")
+    if "prompt_template" not in (described.metadata or {}):
+        raise UserError(f"{source}: is no text-to-SQL package of this project; it has no prompt_template.")
+    return manifest.read(AdapterManifest, package / "artifacts" / "adapter", source=source)
 
 
 def ask_in_fresh_process(model_uri: str, environment: dict[str, str]) -> str:

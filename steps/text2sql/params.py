@@ -72,7 +72,11 @@ def _base_model(value: str) -> str:
 
 
 def _dataset(value: str) -> str:
-    if value in ("auto", "sample"):
+    return value if value == "auto" else _rows(value, "auto, sample")
+
+
+def _rows(value: str, words: str = "sample") -> str:
+    if value == "sample":
         return value
     if _looks_like_path(value) or value.endswith(DATA_SUFFIXES):
         file = _absolute(value)
@@ -81,7 +85,9 @@ def _dataset(value: str) -> str:
         if not file.endswith(DATA_SUFFIXES):
             raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
         return file
-    return _hub_id(value, f"auto, sample, a hub id or an absolute path ending in {', '.join(DATA_SUFFIXES)}")
+    if value == "auto":
+        raise ValueError("must be sample, a hub id or an absolute path: what auto means is for training")
+    return _hub_id(value, f"{words}, a hub id or an absolute path ending in {', '.join(DATA_SUFFIXES)}")
 
 
 def _hub_id(value: str, accepted: str) -> str:
@@ -197,13 +203,38 @@ class RegisterParams:
 
 @dataclass(frozen=True)
 class EvaluateParams:
-    """Parameters of evaluate."""
+    """Parameters of evaluate; exactly one of `dataset_uri` and `dataset` is given."""
 
     model_uri: Annotated[str, AfterValidator(_model_uri)]
-    dataset_uri: ArtifactUri
-    eval_rows: Annotated[int, Field(ge=1, description="test rows to score, the same ones for every seed")]
-    eval_batch_size: Annotated[int, Field(ge=1, le=4096, description="rows generated at once")]
+    dataset_uri: Annotated[
+        str,
+        AfterValidator(lambda value: value and _artifact_uri(value)),
+        Field(description="a dataset of prepare_data, whose test rows are scored"),
+    ]
+    dataset: Annotated[
+        str,
+        AfterValidator(lambda value: value and _rows(value)),
+        Field(description="rows to score: sample, a hub id with optional @revision, a file of DATA_SUFFIXES"),
+    ]
+    eval_rows: Annotated[int, Field(ge=1, description="rows to score, the same ones for every seed")]
+    eval_batch_size: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=4096)],
+        Field(description="rows generated at once; auto: by free memory"),
+    ]
     query_timeout_seconds: Annotated[Positive, Field(description="limit of one query")]
+
+    def __post_init__(self) -> None:
+        """Refuse both or none.
+
+        Raises:
+            UserError: always then.
+        """
+        if bool(self.dataset_uri) == bool(self.dataset):
+            raise UserError(
+                f"dataset_uri={self.dataset_uri}, dataset={self.dataset}: give exactly one of them: "
+                "dataset_uri=runs:/<prepare_data run>/dataset for test rows, or dataset=<file, hub id or "
+                "sample> for any rows."
+            )
 
 
 @dataclass(frozen=True)
@@ -238,6 +269,8 @@ CHAIN: dict[str, type] = {
 }
 # What one step finds out for the next: main sets these, a user of main cannot.
 SET_BY_MAIN = frozenset({"dataset_uri", "adapter_uri", "model_uri", "version", "evaluation_run_id"})
+# What a step takes only where a user runs it alone, though main has a parameter of that name.
+NOT_FROM_MAIN = {"evaluate": frozenset({"dataset"})}
 
 
 class MainParams(NamedTuple):
@@ -267,7 +300,7 @@ def parse_main(argv: Sequence[str]) -> MainParams:
         UserError: naming every unknown or wrong parameter at once.
     """
     given = _pairs(argv)
-    by_step = {step: get_type_hints(params, include_extras=True) for step, params in CHAIN.items()}
+    by_step = {step: _taken_from_main(step) for step in CHAIN}
     own = get_type_hints(OwnMainParams, include_extras=True)
     types = own | {
         name: hint for hints in by_step.values() for name, hint in hints.items() if name not in SET_BY_MAIN
@@ -280,6 +313,11 @@ def parse_main(argv: Sequence[str]) -> MainParams:
     return MainParams(
         own_params, {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
     )
+
+
+def _taken_from_main(step: str) -> dict[str, Any]:
+    hints = get_type_hints(CHAIN[step], include_extras=True)
+    return {name: hint for name, hint in hints.items() if name not in NOT_FROM_MAIN.get(step, ())}
 
 
 def _pairs(argv: Sequence[str]) -> dict[str, str]:

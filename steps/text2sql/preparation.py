@@ -8,7 +8,7 @@ import datasets
 import pandas
 from transformers import PreTrainedTokenizerFast
 
-from steps.text2sql import dataset, sample_data, tokenization
+from steps.text2sql import databases, dataset, tokenization
 from steps.text2sql.errors import UserError
 
 TOKENS = ["input_ids", "labels"]
@@ -64,7 +64,7 @@ def counts(parts: dict[str, pandas.DataFrame], prepared: Prepared) -> dict[str, 
     found |= {f"rows_{name}": len(rows) for name, rows in prepared.splits.items()}
     reasons = prepared.rejected["reason"]
     kinds = {
-        "rejected_incomplete": reasons.str.contains("is missing, empty or not text", regex=False),
+        "rejected_incomplete": reasons.str.contains(dataset.INCOMPLETE, regex=False),
         "rejected_contradiction": reasons.str.startswith("contradiction"),
         "rejected_duplicate": reasons.str.startswith("duplicate"),
         "rejected_too_long": reasons.str.contains("more than max_length", regex=False),
@@ -73,11 +73,8 @@ def counts(parts: dict[str, pandas.DataFrame], prepared: Prepared) -> dict[str, 
 
 
 def write_databases(test_rows: datasets.Dataset, folder: Path, *, seed: int) -> datasets.Dataset:
-    """Write the built-in databases that test rows name; the rows come back with paths below `folder`."""
+    """Write the databases that test rows name; the rows come back with paths relative to `folder`."""
     if dataset.DATABASE not in test_rows.column_names:
         return test_rows
-    (folder / "databases").mkdir()
-    for domain in sorted(set(test_rows[dataset.DATABASE])):
-        sample_data.build_database(domain, folder / "databases" / f"{domain}.sqlite", seed=seed)
-    paths = [f"databases/{domain}.sqlite" for domain in test_rows[dataset.DATABASE]]
+    paths = databases.write(test_rows[dataset.DATABASE], folder, seed=seed)
     return test_rows.remove_columns(dataset.DATABASE).add_column(dataset.DATABASE, paths)

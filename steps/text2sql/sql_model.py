@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import mlflow
 import pandas
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from bitsandbytes.nn import Linear4bit
 from mlflow.pyfunc import PythonModel
 from peft import PeftModel
@@ -261,7 +262,8 @@ def generate(
 ) -> Iterator[dict[int, Generated]]:
     """Answer prompts greedily in batches of similar length, padded on the left.
 
-    Yields each batch as {index into prompts: answer}, longest prompts first: a batch too large fails at once.
+    Yields each batch as {index into prompts: answer}, longest prompts first: a batch that is too large for
+    the memory fails at once, and is halved then.
     """
     ids = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -272,15 +274,35 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        padded = tokenizer.pad(
-            {"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
-        )
+    while order:
+        batch = order[:batch_size]
+        new_tokens = _generate_batch(model, tokenizer, [ids[i] for i in batch], settings)
+        if new_tokens is None:
+            batch_size = len(batch) // 2
+            logger.info("Not enough memory for %d rows at once, going on with %d", len(batch), batch_size)
+            continue
+        del order[: len(batch)]
+        yield {i: _answer(tokenizer, row) for i, row in zip(batch, new_tokens, strict=True)}
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+) -> list[list[int]] | None:
+    """New token ids of each prompt; None where the memory does not suffice for more than one."""
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    try:
         with torch.inference_mode():
             output = model.generate(**padded.to(model.device), generation_config=settings)
-        new_tokens = output[:, padded["input_ids"].shape[1] :].tolist()
-        yield {i: _answer(tokenizer, row) for i, row in zip(batch, new_tokens, strict=True)}
+    except Exception as error:
+        if len(prompts) == 1 or not should_reduce_batch_size(error):
+            raise
+    else:
+        return output[:, padded["input_ids"].shape[1] :].tolist()
+    clear_device_cache(garbage_collection=True)
+    return None
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Generated:
