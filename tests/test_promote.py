@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 
 from steps import promote
-from steps.text2sql import promotion_lock, promotions, tracking, training_rows
-from tests.conftest import PROJECT, call_step, defaults, failure, words
+from steps.text2sql import promotion_lock, promotions, scored_rows, tracking, training_rows
+from tests.conftest import PROJECT, call_step, defaults, failure, tracking_at, words
 
 NO_RUN = "0" * 32
 MODEL = "text2sql"
@@ -324,6 +325,52 @@ def test_a_run_without_its_rows_cannot_be_compared(scored):
     made = scored("1" * 40, first=100, digest="new")
     message = refused(version=2, evaluation_run_id=made[1])
     assert f"evaluation_run_id=runs:/{made[1]}/rows: " in message
+
+
+@pytest.fixture
+def second_version(finished_chain, tmp_path, monkeypatch):
+    """A version 2 that was right on 40 test rows, beside a champion 1 that was scored on 6; its run's id."""
+    # MLflow takes the `python` of PATH for a step.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    file = shutil.copy(finished_chain.store.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    with tracking_at(f"sqlite:///{file}"):
+        source = mlflow.MlflowClient().get_model_version(MODEL, "1").source
+        mlflow.register_model(source, MODEL)
+        prepared = Path(mlflow.artifacts.download_artifacts(finished_chain.dataset_uri, dst_path=tmp_path))
+        chosen = scored_rows.choose(scored_rows.of_prepared(prepared, source=""), 40)
+        with mlflow.start_run() as run, tracking.logged_folder("rows") as folder:
+            rows = scored_rows.write(chosen, folder, seed=42).rename(columns={"answer": "gold"})
+            log_evaluation(2, rows.assign(execution_accuracy=True, base_execution_accuracy=False))
+        yield run.info.run_id
+
+
+@pytest.mark.slow
+def test_the_champion_is_scored_by_the_evaluate_step_in_a_run_below(second_version):
+    run = call_step("promote", version=2, evaluation_run_id=second_version)
+    assert champion() == 2
+    assert run.data.tags["gate_champion_version"] == "1"
+    assert (run.data.tags["gate_rows"], run.data.tags["gate_rows_left_out"]) == ("40", "0")
+    [child] = mlflow.search_runs(
+        filter_string=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", output_format="list"
+    )
+    assert child.info.status == "FINISHED"
+    assert child.data.tags["mlflow.project.entryPoint"] == "evaluate"
+    assert child.data.tags["model_version"] == "1"
+    assert child.data.metrics["evaluated_rows"] == 40
+    share = float(run.data.tags["gate_champion_execution_accuracy"])
+    assert share == pytest.approx(child.data.metrics["execution_accuracy"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_champion_that_cannot_be_scored_is_an_error_and_stays(second_version, capfd):
+    mlflow.MlflowClient().log_text(second_version, "broken", "rows/rows.jsonl")
+    message, run = failure("promote", version=2, evaluation_run_id=second_version)
+    assert message.startswith("\nError: evaluate failed; its message stands above.")
+    assert "broken JSON at line 1" in capfd.readouterr().err
+    assert run.info.status == "FAILED"
+    assert (champion(), locks()) == (1, [])
+    assert {one.info.status for one in mlflow.search_runs(output_format="list")} <= {"FINISHED", "FAILED"}
+    assert "promoted" not in tags_of(2)
 
 
 # By hand
