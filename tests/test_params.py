@@ -165,7 +165,7 @@ def test_all_problems_come_in_one_message_a_line_each():
         ("promote", "min_execution_accuracy", "nan", "less than or equal to 1"),
         ("promote", "gate_alpha", "0", "greater than 0"),
         ("promote", "gate_alpha", "1.1", "less than or equal to 1"),
-        ("promote", "gate_alpha", "nan", "greater than 0"),
+        ("promote", "gate_alpha", "nan", "less than or equal to 1"),
         ("promote", "evaluation_run_id", "runs:/0a1b", "pattern"),
         ("promote", "registered_model_name", "", "pattern"),
         ("promote", "registered_model_name", "-a", "pattern"),
