@@ -4,10 +4,8 @@ import sys
 
 import mlflow
 from mlflow.entities import Run
-from mlflow.exceptions import ExecutionException
 
 from steps.text2sql import screen, tracking
-from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
 
@@ -39,17 +37,7 @@ def run_step(step: str, params: MainParams, **found: str) -> Run:
     values = params.steps[step] | found
     number = f"{list(CHAIN).index(step) + 1}/{len(CHAIN)}"
     print(f"\n[{number}] {step}\n  {screen.step_command(step, values)}", flush=True)
-    try:
-        submitted = mlflow.projects.run(
-            uri=str(tracking.PROJECT),
-            entry_point=step,
-            parameters=values,
-            env_manager="local",
-            run_name=step,
-        )
-    except ExecutionException as error:
-        raise UserError(f"{step} failed; its message stands above. {error}") from error
-    return mlflow.get_run(submitted.run_id)
+    return tracking.run_child(step, values)
 
 
 def finish(prepared: Run, evaluated: Run, *, name: str, version: str, gate: str) -> None:

@@ -1,9 +1,14 @@
 """Package an adapter as a model that carries its prompt template, and register it as challenger."""
 
+import tempfile
+from itertools import chain
+from pathlib import Path
+
+import datasets
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import adapter, manifest, packaging, tracking
+from steps.text2sql import adapter, manifest, packaging, tracking, training_rows
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
@@ -14,10 +19,12 @@ def main(params: RegisterParams) -> None:
     """Log the package, try it in a fresh process, register it."""
     with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
         of_dataset = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
+        seen = hashes_of_training(folder)
     with tracking.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
         described = manifest.read(AdapterManifest, folder, source=f"adapter_uri={params.adapter_uri}")
         check_match(described, of_dataset, params)
         logged = packaging.log_model(folder, described, name=tracking.MODEL)
+    log_training_rows(logged.model_id, seen)
     answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
     version = register(logged.model_uri, described, params)
     print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
@@ -34,6 +41,21 @@ def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params:
                 f"dataset_uri={params.dataset_uri} has {getattr(of_dataset, name)}; give the dataset of its "
                 "training."
             )
+
+
+def hashes_of_training(dataset: Path) -> list[str]:
+    """Hashes of the rows that training reads, also of those that it only validates with."""
+    splits = datasets.load_from_disk(dataset)
+    parts = [splits[name].select_columns(["question", "context"])[:] for name in ("train", "validation")]
+    rows = (zip(part["question"], part["context"], strict=True) for part in parts)
+    return training_rows.hashes(chain.from_iterable(rows))
+
+
+def log_training_rows(model_id: str, hashes: list[str]) -> None:
+    """Let the package say which rows it has seen, so that it is never judged by them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        training_rows.write(hashes, Path(scratch))
+        mlflow.MlflowClient().log_model_artifacts(model_id, scratch, tracking.TRAINING_ROWS)
 
 
 def register(model_uri: str, described: AdapterManifest, params: RegisterParams) -> ModelVersion:

@@ -11,13 +11,14 @@ import pandas
 import pytest
 import torch
 import yaml
+from datasets import load_from_disk
 from mlflow.artifacts import download_artifacts, load_dict, load_text
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from steps.text2sql import adapter, sql_model, training
-from tests.conftest import PROJECT, QUICK, call_step, failure
+from steps.text2sql import adapter, sql_model, training, training_rows
+from tests.conftest import PROJECT, QUICK, call_step
 
 EVALUATION_METRICS = {"exact_match", "exact_match_case", "valid_sql", "execution_accuracy", "stopped"}
 QUESTIONS = [
@@ -260,6 +261,8 @@ def test_the_version_says_where_it_comes_from_and_why_it_was_promoted(chain, tin
     assert tags.pop("gate_reason").startswith("first champion, execution_accuracy 0.")
     score = chain.evaluate.data.metrics["execution_accuracy"]
     assert tags.pop("execution_accuracy").startswith(f"{score:.4f} (")
+    numbers = {name: tags.pop(name) for name in list(tags) if name.startswith("gate_")}
+    assert (numbers["gate_rows"], numbers["gate_rows_left_out"]) == ("6", "0")
     assert tags == {
         "base_model": str(tiny_base),
         "base_commit": "",
@@ -286,6 +289,17 @@ def test_the_package_holds_no_weights_of_the_base(package):
 
 def test_the_package_serves_the_very_file_that_training_used(package):
     assert (package / "sql_model.py").read_bytes() == Path(sql_model.__file__).read_bytes()
+
+
+def test_the_package_says_which_rows_it_was_trained_on_and_no_others(chain, package, tmp_path):
+    splits = load_from_disk(download_artifacts(chain.dataset_uri, dst_path=tmp_path))
+    hashes = {
+        name: {training_rows.row_hash(row["question"], row["context"]) for row in splits[name]}
+        for name in splits
+    }
+    known = training_rows.read(package / "training_rows")
+    assert known == hashes["train"] | hashes["validation"]
+    assert known & hashes["test"] == set()
 
 
 def test_the_package_carries_the_bases_licence(package):
@@ -353,120 +367,3 @@ def test_the_same_seed_gives_the_same_adapter_bytes(chain, adapter_folder, tmp_p
     path = download_artifacts(f"runs:/{again.info.run_id}/adapter", dst_path=str(tmp_path))
     first, second = (Path(p) / "adapter_model.safetensors" for p in (adapter_folder, path))
     assert first.read_bytes() == second.read_bytes()
-
-
-# Promotion
-
-
-@pytest.fixture
-def versions(store):
-    """Registers empty versions with an evaluation each; ids of the evaluations come back, by version."""
-    client = mlflow.MlflowClient()
-    client.create_registered_model("text2sql")
-
-    def register(*scores, rows="rows"):
-        found = {}
-        for score in scores:
-            with mlflow.start_run() as run:
-                version = client.create_model_version("text2sql", f"runs:/{run.info.run_id}/model").version
-                mlflow.set_tags(
-                    {
-                        "registered_model_name": "text2sql",
-                        "model_version": str(version),
-                        "evaluated_rows_digest": rows,
-                    }
-                )
-                mlflow.log_metrics(
-                    {"exact_match": 0.5} | ({} if score is None else {"execution_accuracy": score})
-                )
-            client.set_model_version_tag("text2sql", version, "evaluation_run_id", run.info.run_id)
-            found[int(version)] = run.info.run_id
-        return found
-
-    return register
-
-
-def champion():
-    """Number of the champion, None where there is none."""
-    found = mlflow.MlflowClient().get_registered_model("text2sql").aliases.get("champion")
-    return None if found is None else int(found)
-
-
-def tags_of(version):
-    return mlflow.MlflowClient().get_model_version("text2sql", str(version)).tags
-
-
-@pytest.mark.parametrize("score", [0.4, 0.5])
-def test_a_version_that_is_not_better_leaves_the_champion_and_says_why(versions, score):
-    runs = versions(0.5, score)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    run = call_step("promote", version=2, evaluation_run_id=runs[2])
-    assert run.info.status == "FINISHED"
-    assert champion() == 1
-    reason = f"execution_accuracy {score:.4f} is not above the champion's 0.5000"
-    assert (tags_of(2)["promoted"], tags_of(2)["gate_reason"]) == ("no", reason)
-    assert (run.data.tags["promoted"], run.data.tags["gate_reason"]) == ("no", reason)
-
-
-def test_a_better_version_becomes_champion_and_names_the_one_it_replaced(versions):
-    runs = versions(0.5, 0.6)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    call_step("promote", version=2, evaluation_run_id=runs[2])
-    assert champion() == 2
-    assert tags_of(2)["gate_reason"] == "execution_accuracy 0.6000 is above the champion's 0.5000"
-    assert tags_of(2)["replaced_version"] == "1"
-    assert "replaced_version" not in tags_of(1)
-
-
-def test_a_version_is_promoted_by_hand_without_an_evaluation(versions):
-    runs = versions(0.5, 0.1)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    call_step("promote", version=2)
-    assert champion() == 2
-    assert tags_of(2)["gate_reason"] == "moved by hand, without the gate"
-
-
-def test_the_champion_promoted_again_stays_champion(versions):
-    runs = versions(0.5)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    run = call_step("promote", version=1, evaluation_run_id=runs[1])
-    assert champion() == 1
-    assert run.data.tags["promoted"] == "yes"
-    assert tags_of(1)["promoted"] == "yes"
-
-
-def test_the_floor_holds_for_the_first_version_too(versions):
-    runs = versions(0.5)
-    run = call_step("promote", version=1, evaluation_run_id=runs[1], min_execution_accuracy=0.51)
-    assert run.info.status == "FINISHED"
-    assert champion() is None
-    assert tags_of(1)["gate_reason"] == "execution_accuracy 0.5000 is under min_execution_accuracy 0.5100"
-
-
-def test_a_version_at_the_floor_is_promoted(versions):
-    runs = versions(0.5)
-    call_step("promote", version=1, evaluation_run_id=runs[1], min_execution_accuracy=0.5)
-    assert champion() == 1
-
-
-def test_an_evaluation_without_execution_accuracy_promotes_nothing(versions):
-    runs = versions(None)
-    run = call_step("promote", version=1, evaluation_run_id=runs[1])
-    assert champion() is None
-    assert run.data.tags["gate_reason"] == "execution_accuracy is missing or NaN"
-
-
-def test_scores_on_other_rows_are_not_compared(versions):
-    runs = versions(0.5) | versions(0.9, rows="other rows")
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    run = call_step("promote", version=2, evaluation_run_id=runs[2])
-    assert champion() == 1
-    assert "other rows" in run.data.tags["gate_reason"]
-
-
-def test_an_evaluation_of_another_version_is_refused(versions):
-    runs = versions(0.5, 0.6)
-    message, run = failure("promote", version=1, evaluation_run_id=runs[2])
-    assert f"evaluation_run_id={runs[2]}: is no evaluation of text2sql version 1" in message
-    assert run.info.status == "FAILED"
-    assert champion() is None

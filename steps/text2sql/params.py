@@ -255,6 +255,9 @@ class PromoteParams:
         Field(pattern=r"^[0-9a-f]*$", description="evaluate run to judge by; empty: a move by hand, no gate"),
     ]
     min_execution_accuracy: Annotated[float, Field(ge=0, le=1, description="floor of the gate")]
+    gate_alpha: Annotated[
+        float, Field(gt=0, le=1, description="McNemar's p against the champion must be under it")
+    ]
     registered_model_name: ModelName
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import mlflow
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
     MLFLOW_PARENT_RUN_ID,
@@ -36,6 +36,7 @@ REPORT = "report.html"
 SLICES = "slices.json"
 SLICES_PICTURE = "slices.png"
 MODEL = "model"
+TRAINING_ROWS = "training_rows"
 
 CHALLENGER = "challenger"
 CHAMPION = "champion"
@@ -47,8 +48,13 @@ TAG_MODEL_NAME = "registered_model_name"
 TAG_EVALUATION_RUN = "evaluation_run_id"
 TAG_EVALUATED_ROWS = "evaluated_rows_digest"
 TAG_REPLACED = "replaced_version"
+TAG_REPLACED_BY = "replaced_by_version"
 TAG_PROMOTED = "promoted"
 TAG_GATE_REASON = "gate_reason"
+# Before the names of the gate's numbers, as tags of a version.
+GATE = "gate_"
+# Before the number of a record, as tags of a registered model.
+PROMOTION = "promotion/"
 CHOSEN = "chosen"
 
 PROJECT = Path(__file__).parents[2]
@@ -120,6 +126,21 @@ def _quiet() -> None:
 def run_id() -> str:
     """Id of this step's run."""
     return mlflow.active_run().info.run_id
+
+
+def run_child(step: str, values: Mapping[str, str]) -> Run:
+    """Run a step as a child of this run, in this environment, a process of its own.
+
+    Raises:
+        UserError: it failed; its own message stands above on the screen.
+    """
+    try:
+        submitted = mlflow.projects.run(
+            uri=str(PROJECT), entry_point=step, parameters=dict(values), env_manager="local", run_name=step
+        )
+    except ExecutionException as error:
+        raise UserError(f"{step} failed; its message stands above. {error}") from error
+    return mlflow.get_run(submitted.run_id)
 
 
 def is_chained() -> bool:
