@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 
+FILE = "README.md"
 # A server's database keeps so many characters of a version's description (MLflow's column is String(5000)).
 MAX_CHARACTERS = 5000
 
@@ -49,10 +50,9 @@ def render(
 
 LIMITS = """\
 * Nothing checks the SQL: it can be wrong, slow, or change data. Run it with an account that may only read.
-* It sees the context alone, neither rows nor keys that the statements do not name, and answers each question by \
-itself.
-* Questions were in the language and tables of the kind that the data has; scores on other schemas will differ.
-* It was trained on the base as it is quantized here; on the full base the same adapter gives other answers."""
+* It sees the context alone, no rows and nothing that the statements do not say, and each question by itself.
+* It knows questions and tables of the kind that the data has; scores on others will differ.
+* The adapter was trained on the base as it is quantized here; on another form of it the answers differ."""
 
 USE = """\
 ```python
@@ -100,7 +100,8 @@ def _rows(counts: Mapping[str, int]) -> dict[str, int]:
 def _recipe(described: AdapterManifest, lora: Mapping[str, Any]) -> str:
     layers = ", ".join(sorted({name.split(".")[-1] for name in lora["target_modules"]}))
     return _list(
-        f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}, on {layers}",
+        f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}",
+        f"on {layers}",
         f"{described.global_step} of {described.max_steps} optimizer steps, rows of at most "
         f"{described.of_dataset.max_length} tokens",
         "loss on the answer alone, which ends with EOS",

@@ -52,7 +52,7 @@ write SQL query that answers the question.
 ### Response:
 """
 
-# Rows that are answered at once when served, and the tokens that they may hold together with padding and answers:
+# Rows that are answered at once when served, and the tokens that they may hold, padding and answers included:
 # 64 rows of 512 tokens and 256 new ones, 6 GiB of keys and values for Mistral-7B in 16 bits.
 ROWS_PER_BATCH = 64
 TOKENS_PER_BATCH = 64 * 768
@@ -336,11 +336,11 @@ def check_request(
 
 
 class QuantizedBase:
-    """The base of a package by its reference, quantized as in training, for `mlflow.transformers.load_model`.
+    """The base of a package by its reference, quantized as in training, for `mlflow.transformers`.
 
-    MLflow's own loader knows neither quantization nor the embedded base. For an architecture that is not one of
-    transformers it asks the class that the package's config.json names, which is this one, and then puts the
-    adapter on what it returns.
+    MLflow's own loader knows neither quantization nor the embedded base. For an architecture that is not one
+    of transformers it asks the class that the package's config.json names, which is this one, and then puts
+    the adapter on what it returns.
     """
 
     @classmethod
@@ -353,7 +353,7 @@ class QuantizedBase:
         model = load_base(os.path.expanduser(config.base_model), config.quantization)
         # Without it the pipeline would sample, or do what the base's authors preferred.
         model.generation_config = GenerationConfig.from_pretrained(package)
-        # Where there is a GPU, MLflow names it to the pipeline, which refuses that for a model with this note.
+        # On a GPU, MLflow names the device to the pipeline, which refuses that for a model with this note.
         vars(model).pop("hf_device_map", None)
         return model
 
@@ -374,6 +374,15 @@ class SQLModel(PythonModel):
         base = load_base(os.path.expanduser(config["base_model"]), config["quantization"])
         self.model = PeftModel.from_pretrained(base, adapter).eval()
 
+    @classmethod
+    def of_merged(cls, folder: str, *, prompt_template: str) -> "SQLModel":
+        """The same over a folder of a merged model, which has no adapter to switch off."""
+        merged = cls()
+        merged.prompt_template = prompt_template
+        merged.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        merged.model = load_base(folder, "none").eval()
+        return merged
+
     def answer(
         self, rows: pandas.DataFrame, *, adapter: bool = True, **settings: Any
     ) -> Iterator[dict[int, Generated]]:
@@ -381,12 +390,15 @@ class SQLModel(PythonModel):
 
         Yields each batch as {position in rows: answer}; `settings` are those of `generate`.
         """
-        prompts = [
+        with nullcontext() if adapter else self.model.disable_adapter():
+            yield from generate(self.model, self.tokenizer, self.prompts(rows), **settings)
+
+    def prompts(self, rows: pandas.DataFrame) -> list[str]:
+        """The prompt of each row with columns `question` and `context`."""
+        return [
             render_prompt(self.prompt_template, question=question, context=context)
             for question, context in zip(rows["question"], rows["context"], strict=True)
         ]
-        with nullcontext() if adapter else self.model.disable_adapter():
-            yield from generate(self.model, self.tokenizer, prompts, **settings)
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None

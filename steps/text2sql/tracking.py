@@ -30,6 +30,7 @@ REJECTED = "rejected.jsonl"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.json"
+COMPARISON = "comparison.json"
 MODEL = "model"
 
 CHALLENGER = "challenger"
@@ -44,6 +45,7 @@ TAG_EVALUATED_ROWS = "evaluated_rows_digest"
 TAG_REPLACED = "replaced_version"
 TAG_PROMOTED = "promoted"
 TAG_GATE_REASON = "gate_reason"
+TAG_EXPORTED_TO = "exported_to"
 CHOSEN = "chosen"
 
 PROJECT = Path(__file__).parents[2]
@@ -242,6 +244,21 @@ def _versions(name: str) -> str:
     with suppress(MlflowException):  # a name that MLflow does not allow
         found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
     return ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
+
+
+def find_version(model_uri: str) -> ModelVersion:
+    """The registered version behind `models:/name/version` or `models:/name@alias`.
+
+    Raises:
+        UserError: there is no such model, version or alias.
+    """
+    name, _, alias = model_uri.removeprefix("models:/").partition("@")
+    if not alias:
+        return model_version(*name.split("/"))
+    try:
+        return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        raise UserError(f"model_uri={model_uri}: {error.message}") from error
 
 
 def git_commit() -> str:

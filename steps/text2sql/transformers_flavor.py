@@ -1,7 +1,7 @@
 """A package of two flavours: `python_function`, and `transformers` with the same adapter and the same base.
 
-MLflow's own writer of the second one copies the base or stores an absolute path, and forgets the quantization.
-Here config.json names `QuantizedBase` of the served file instead, which MLflow's reader then calls.
+MLflow's own writer of the second one copies the base or stores an absolute path, and forgets how it was
+quantized. Here config.json names `QuantizedBase` of the served file, which MLflow's reader then calls.
 """
 
 import json
@@ -13,13 +13,13 @@ import transformers
 from mlflow.models import Model
 from transformers import AutoTokenizer
 
+from steps.text2sql.model_card import FILE as CARD
 from steps.text2sql.sql_model import QuantizedBase, greedy
 
 FLAVOR = "transformers"
 ADAPTER = "artifacts/adapter"
 # MLflow's reader looks for the tokenizer there and nowhere else.
 TOKENIZER = "components/tokenizer"
-CARD = "README.md"
 
 
 def save_model(
