@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -318,21 +318,32 @@ def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Genera
 
 
 def check_request(
-    questions: Iterable[Any], *, max_new_tokens: int = 1, repetition_penalty: float = 1.0
+    rows: pandas.DataFrame, *, max_new_tokens: int = 1, repetition_penalty: float = 1.0
 ) -> None:
-    """Refuse what cannot be answered.
+    """Refuse what cannot be answered. MLflow's own check of a request lets null and numbers through.
 
     Raises:
         MlflowException: naming every problem; status 400 when served.
     """
-    bad = [str(i) for i, text in enumerate(questions) if not (isinstance(text, str) and text.strip())]
-    problems = [f"question: null, empty or no text in row {', '.join(bad)} (counted from 0)"] if bad else []
+    bad = {
+        "question: null, empty or no text": [not _has_text(value) for value in rows["question"]],
+        "context: no text": [not isinstance(value, str) for value in rows["context"]],
+    }
+    problems = [
+        f"{problem} in row {', '.join(str(i) for i, found in enumerate(flags) if found)} (counted from 0)"
+        for problem, flags in bad.items()
+        if any(flags)
+    ]
     if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         problems.append(f"max_new_tokens={max_new_tokens}: must be 1 to {MAX_NEW_TOKENS}")
     if not 0 < repetition_penalty < float("inf"):
         problems.append(f"repetition_penalty={repetition_penalty}: must be above 0")
     if problems:
         raise MlflowException.invalid_parameter_value("; ".join(problems))
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 class QuantizedBase:
@@ -411,7 +422,7 @@ class SQLModel(PythonModel):
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
         settings = dict(params or {})
         full_text = settings.pop("return_full_text", False)
-        check_request(rows["question"], **settings)
+        check_request(rows, **settings)
         batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)
         answers = {i: answer for batch in batches for i, answer in batch.items()}
         if not full_text:
