@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TextGenerationPipeline
 
 from steps.text2sql import sample_data, sql_model
+from tests.conftest import call_step
 
 ROWS = [{name: row[name] for name in ("question", "context")} for row in sample_data.generate(1)[:100]]
 LIMIT = {"max_new_tokens": 12}
@@ -59,6 +60,13 @@ def test_both_flavours_give_the_same_sql_on_100_rows(trained, pipeline, batch_si
     expected = mlflow.pyfunc.load_model(str(trained)).predict(ROWS, params=LIMIT)
     assert sql(pipeline, ROWS, batch_size=batch_size) == expected
     assert len(set(expected)) > 50
+
+
+def test_a_checkpoint_is_packaged_like_the_adapter_of_the_end(chain):
+    checkpoint = f"runs:/{chain.train.info.run_id}/checkpoints/checkpoint-2"
+    settings = {"dataset_uri": chain.dataset_uri, "registered_model_name": "of_a_checkpoint"}
+    call_step("register", adapter_uri=checkpoint, **settings)
+    assert len(sql(mlflow.transformers.load_model("models:/of_a_checkpoint/1"), ROWS[:1])) == 1
 
 
 def test_the_adapter_is_on_it(trained, pipeline):

@@ -1,6 +1,7 @@
 """From an adapter to a logged model, checked in a fresh process before anyone can ask for it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def log_model(adapter: Path, described: AdapterManifest, *, name: str, card: str
         "prompt_template": source.prompt_template,
     }
     with tempfile.TemporaryDirectory() as scratch:
+        # MLflow keeps the name of a folder, and a checkpoint has another one.
+        named = shutil.copytree(adapter, Path(scratch) / Path(transformers_flavor.ADAPTER).name)
         license_file = Path(scratch) / "BASE_MODEL_LICENSE"
         license_file.write_text(source.base_license, encoding="utf-8")
         return Model.log(
@@ -65,7 +68,7 @@ def log_model(adapter: Path, described: AdapterManifest, *, name: str, card: str
             flavor=transformers_flavor,
             card=card,
             python_model=sql_model.__file__,
-            artifacts={"adapter": str(adapter), "base_license": str(license_file)},
+            artifacts={"adapter": str(named), "base_license": str(license_file)},
             model_config=config,
             signature=SIGNATURE,
             pip_requirements=requirements(),
