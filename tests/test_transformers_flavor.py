@@ -62,6 +62,7 @@ def test_both_flavours_give_the_same_sql_on_100_rows(trained, pipeline, batch_si
     assert len(set(expected)) > 50
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_packaged_like_the_adapter_of_the_end(chain):
     checkpoint = f"runs:/{chain.train.info.run_id}/checkpoints/checkpoint-2"
     settings = {"dataset_uri": chain.dataset_uri, "registered_model_name": "of_a_checkpoint"}
