@@ -8,7 +8,7 @@ import datasets
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import adapter, manifest, packaging, tracking, training_rows
+from steps.text2sql import adapter, manifest, model_card, packaging, tracking, training_rows
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
@@ -23,10 +23,11 @@ def main(params: RegisterParams) -> None:
     with tracking.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
         described = manifest.read(AdapterManifest, folder, source=f"adapter_uri={params.adapter_uri}")
         check_match(described, of_dataset, params)
-        logged = packaging.log_model(folder, described, name=tracking.MODEL)
+        card = model_card.render(described, adapter.settings(folder), name=params.registered_model_name)
+        logged = packaging.log_model(folder, described, name=tracking.MODEL, card=card)
     log_training_rows(logged.model_id, seen)
     answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
-    version = register(logged.model_uri, described, params)
+    version = register(logged.model_uri, described, params, card=card)
     print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
 
 
@@ -58,8 +59,10 @@ def log_training_rows(model_id: str, hashes: list[str]) -> None:
         mlflow.MlflowClient().log_model_artifacts(model_id, scratch, tracking.TRAINING_ROWS)
 
 
-def register(model_uri: str, described: AdapterManifest, params: RegisterParams) -> ModelVersion:
-    """Register a logged model that works, with its origin as tags, as challenger."""
+def register(
+    model_uri: str, described: AdapterManifest, params: RegisterParams, *, card: str
+) -> ModelVersion:
+    """Register a logged model that works, with its card and its origin as tags, as challenger."""
     source = described.of_dataset
     tags = {
         "base_model": source.base_model,
@@ -71,7 +74,9 @@ def register(model_uri: str, described: AdapterManifest, params: RegisterParams)
         "global_step": str(described.global_step),
     }
     version = mlflow.register_model(model_uri, params.registered_model_name, tags=tags)
-    mlflow.MlflowClient().set_registered_model_alias(version.name, tracking.CHALLENGER, version.version)
+    client = mlflow.MlflowClient()
+    client.update_model_version(version.name, version.version, description=card)
+    client.set_registered_model_alias(version.name, tracking.CHALLENGER, version.version)
     mlflow.set_tags({tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version})
     return version
 

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steps import evaluate, prepare_data, promote, register, train
+from steps import evaluate, export, prepare_data, promote, register, train
 from steps.text2sql import params, sample_data, tracking
 from steps.text2sql.sql_model import BaseModelError
 
@@ -28,6 +28,7 @@ STEPS = {
     "register": register,
     "evaluate": evaluate,
     "promote": promote,
+    "export": export,
 }
 # The tiny base's matrices are so small that a second thread only waits: 50 times slower on shared cores.
 torch.set_num_threads(1)
@@ -54,7 +55,7 @@ def call_step(step: str, **values: object) -> Run:
     """
     argv, sys.argv = sys.argv, [step, *words(defaults(step) | values)]
     try:
-        tracking.run_step(params.CHAIN[step], STEPS[step].main, user_errors=(BaseModelError,))
+        tracking.run_step(params.STEPS[step], STEPS[step].main, user_errors=(BaseModelError,))
     finally:
         sys.argv = argv
     return mlflow.get_run(mlflow.last_active_run().info.run_id)

@@ -23,6 +23,7 @@ MAY_IMPORT_MLFLOW = {
         "evaluation_run",
         "promotions",
         "promotion_lock",
+        "transformers_flavor",
     )
 }
 MAY_IMPORT_SQLITE = {f"steps/text2sql/{name}.py" for name in ("sql_worker", "sample_data")}

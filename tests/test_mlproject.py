@@ -10,7 +10,7 @@ import pytest
 import yaml
 from mlflow.projects._project_spec import load_project
 
-from steps.text2sql.params import CHAIN, SET_BY_MAIN, OwnMainParams
+from steps.text2sql.params import CHAIN, SET_BY_MAIN, STEPS, OwnMainParams
 from tests.conftest import PROJECT
 
 SPEC = yaml.safe_load((PROJECT / "MLproject").read_text())
@@ -43,13 +43,14 @@ MAIN = {
 
 def fields(step: str) -> set[str]:
     """Fields of a step's dataclass."""
-    return {field.name for field in dataclasses.fields(CHAIN[step])}
+    return {field.name for field in dataclasses.fields(STEPS[step])}
 
 
 def test_mlflow_loads_the_project_with_exactly_these_entry_points():
     entry_points = load_project(str(PROJECT))._entry_points
-    assert sorted(entry_points) == sorted(["main", *CHAIN, "tests"])
+    assert sorted(entry_points) == sorted(["main", *STEPS, "tests"])
     assert list(CHAIN) == ["prepare_data", "train", "register", "evaluate", "promote"]
+    assert list(STEPS) == [*CHAIN, "export"]
     assert set(entry_points) == set(ENTRY_POINTS)
 
 
@@ -125,13 +126,13 @@ def test_every_default_is_written_once():
 
 
 def test_no_field_of_a_dataclass_has_a_default():
-    for kind in (*CHAIN.values(), OwnMainParams):
+    for kind in (*STEPS.values(), OwnMainParams):
         assert all(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(kind))
 
 
-def test_only_what_main_finds_out_lacks_a_default():
+def test_only_what_main_finds_out_and_where_to_export_lack_a_default():
     missing = {n for declared in DECLARED.values() for n, kind in declared.items() if "default" not in kind}
-    assert missing == SET_BY_MAIN - {"evaluation_run_id"}
+    assert missing == SET_BY_MAIN - {"evaluation_run_id"} | {"output"}
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
@@ -140,7 +141,7 @@ def test_every_parameter_is_a_string_to_mlflow(name):
     assert {kind["type"] for kind in DECLARED[name].values()} <= {"string"}
 
 
-@pytest.mark.parametrize("step", ["main", *CHAIN])
+@pytest.mark.parametrize("step", ["main", *STEPS])
 def test_a_step_has_main_and_runs_as_a_module(step):
     module = importlib.import_module(f"steps.{step}")
     assert callable(module.main)

@@ -1,8 +1,9 @@
 """The LoRA adapter on a loaded base model."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,6 +14,7 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 
 WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
 
 
 class ParameterCount(NamedTuple):
@@ -97,6 +99,11 @@ def check_modules(model: PreTrainedModel, names: set[str]) -> None:
 def count_parameters(model: PeftModel) -> ParameterCount:
     """Count with peft, which knows how 4-bit weights are packed."""
     return ParameterCount(*model.get_nb_trainable_parameters())
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The LoRA settings of a saved adapter, as peft wrote them."""
+    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
 
 
 def save(

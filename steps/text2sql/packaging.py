@@ -1,18 +1,18 @@
 """From an adapter to a logged model, checked in a fresh process before anyone can ask for it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import mlflow
 import yaml
 from mlflow.models.model import MLMODEL_FILE_NAME, Model, ModelInfo
 from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
-from steps.text2sql import manifest, sql_model
+from steps.text2sql import manifest, sql_model, transformers_flavor
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.screen import EXAMPLE
@@ -44,10 +44,11 @@ def requirements() -> list[str]:
     return yaml.safe_load(PYTHON_ENV.read_text(encoding="utf-8"))["dependencies"]
 
 
-def log_model(adapter: Path, described: AdapterManifest, *, name: str) -> ModelInfo:
-    """Log an adapter as a pyfunc model with its prompt template, and its base by reference.
+def log_model(adapter: Path, described: AdapterManifest, *, name: str, card: str) -> ModelInfo:
+    """Log an adapter with its prompt template and its model card, and its base by reference.
 
-    `adapter` is a folder as `adapter.save` writes it.
+    The package loads as `mlflow.pyfunc` and as `mlflow.transformers` model. `adapter` is a folder as
+    `adapter.save` writes it.
     """
     source = described.of_dataset
     config = {
@@ -56,12 +57,17 @@ def log_model(adapter: Path, described: AdapterManifest, *, name: str) -> ModelI
         "prompt_template": source.prompt_template,
     }
     with tempfile.TemporaryDirectory() as scratch:
+        # MLflow keeps the name of a folder, and a checkpoint has another one.
+        named = shutil.copytree(adapter, Path(scratch) / Path(transformers_flavor.ADAPTER).name)
         license_file = Path(scratch) / "BASE_MODEL_LICENSE"
         license_file.write_text(source.base_license, encoding="utf-8")
-        return mlflow.pyfunc.log_model(
+        return Model.log(
+            artifact_path=None,
             name=name,
+            flavor=transformers_flavor,
+            card=card,
             python_model=sql_model.__file__,
-            artifacts={"adapter": str(adapter), "base_license": str(license_file)},
+            artifacts={"adapter": str(named), "base_license": str(license_file)},
             model_config=config,
             signature=SIGNATURE,
             pip_requirements=requirements(),

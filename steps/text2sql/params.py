@@ -104,6 +104,15 @@ def _artifact_uri(value: str) -> str:
     return _absolute(value)
 
 
+def _new_folder(value: str) -> str:
+    folder = Path(_absolute(value))
+    if folder.exists():
+        raise ValueError("exists already; nothing is written over")
+    if not folder.parent.is_dir():
+        raise ValueError(f"there is no folder {folder.parent}")
+    return str(folder)
+
+
 def _model_uri(value: str) -> str:
     if not re.fullmatch(rf"models:/{MODEL_NAME}(/\d+|@{MODEL_NAME})", value):
         raise ValueError("must be models:/<name>/<version> or models:/<name>@<alias>")
@@ -262,6 +271,29 @@ class PromoteParams:
 
 
 @dataclass(frozen=True)
+class ExportParams:
+    """Parameters of export."""
+
+    model_uri: Annotated[str, AfterValidator(_model_uri)]
+    output: Annotated[
+        str, AfterValidator(_new_folder), Field(description="absolute folder to make, for the merged model")
+    ]
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Field(description="of the merged weights; auto: that of the base's own weights"),
+    ]
+    compare_rows: Annotated[
+        int,
+        Field(
+            ge=1, description="built-in questions that both models answer before the merged one is offered"
+        ),
+    ]
+    min_same_sql: Annotated[
+        float, Field(ge=0, le=1, description="share of them that must get the same SQL from both")
+    ]
+
+
+@dataclass(frozen=True)
 class OwnMainParams:
     """Parameters that belong to main alone; all others belong to the steps."""
 
@@ -275,6 +307,8 @@ CHAIN: dict[str, type] = {
     "evaluate": EvaluateParams,
     "promote": PromoteParams,
 }
+# All steps with a command of their own; those beside the chain are never started by main.
+STEPS: dict[str, type] = CHAIN | {"export": ExportParams}
 # What one step finds out for the next: main sets these, a user of main cannot.
 SET_BY_MAIN = frozenset({"dataset_uri", "adapter_uri", "model_uri", "version", "evaluation_run_id"})
 # What a step takes only where a user runs it alone, though main has a parameter of that name.

