@@ -23,6 +23,8 @@ def of_prepared(folder: Path, *, source: str) -> pandas.DataFrame:
     """
     try:
         rows = datasets.load_from_disk(folder, keep_in_memory=True)["test"].to_pandas()
+    except IndexError:  # datasets writes a split without rows, but cannot read it
+        rows = pandas.DataFrame()
     except (FileNotFoundError, KeyError) as error:
         raise UserError(f"{source}: is no dataset of prepare_data: {error}") from error
     if rows.empty:
