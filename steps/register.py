@@ -3,7 +3,7 @@
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import adapter, manifest, packaging, tracking
+from steps.text2sql import adapter, manifest, packaging, prompt_registry, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
@@ -19,7 +19,14 @@ def main(params: RegisterParams) -> None:
         check_match(described, of_dataset, params)
         logged = packaging.log_model(folder, described, name=tracking.MODEL)
     answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
-    version = register(logged.model_uri, described, params)
+    prompt = prompt_registry.publish(
+        of_dataset.prompt_template,
+        style=of_dataset.prompt_style,
+        model_name=params.registered_model_name,
+        model_id=logged.model_id,
+        run_id=tracking.run_id(),
+    )
+    version = register(logged.model_uri, described, params, prompt=prompt)
     print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
 
 
@@ -36,13 +43,16 @@ def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params:
             )
 
 
-def register(model_uri: str, described: AdapterManifest, params: RegisterParams) -> ModelVersion:
+def register(
+    model_uri: str, described: AdapterManifest, params: RegisterParams, *, prompt: str
+) -> ModelVersion:
     """Register a logged model that works, with its origin as tags, as challenger."""
     source = described.of_dataset
     tags = {
         "base_model": source.base_model,
         "base_commit": source.base_commit,
         "quantization": described.quantization,
+        "prompt": prompt,
         "dataset": source.dataset,
         "dataset_digest": source.dataset_digest,
         "git_commit": tracking.git_commit(),

@@ -16,8 +16,17 @@ from tests.conftest import PROJECT, plain_rows, write_jsonl
 HEADER = ",".join(dataset.COLUMNS)
 
 
-def read_file(path: Path) -> pandas.DataFrame:
-    return dataset.read(dataset.resolve(str(path), base_is_hub=False), seed=42)
+COLUMNS = dataset.Columns("question", "context", "answer", "")
+
+
+def resolve(
+    value: str, *, base_is_hub: bool = False, config: str = "", split: str = ""
+) -> dataset.DatasetSource:
+    return dataset.resolve(value, base_is_hub=base_is_hub, config=config, split=split)
+
+
+def read_file(path: Path, **columns: str) -> pandas.DataFrame:
+    return dataset.read(resolve(str(path)), columns=COLUMNS._replace(**columns), seed=42)["train"]
 
 
 def read_text(path: Path, content: str | bytes) -> pandas.DataFrame:
@@ -168,11 +177,11 @@ def test_a_file_that_is_gone_is_refused(tmp_path):
 
 
 def test_the_built_in_rows_name_their_database_and_follow_the_seed():
-    source = dataset.resolve("sample", base_is_hub=True)
-    rows = dataset.read(source, seed=1)
+    source = resolve("sample", base_is_hub=True)
+    rows, again, other = (dataset.read(source, columns=COLUMNS, seed=seed)["train"] for seed in (1, 1, 2))
     assert list(rows.columns) == ["question", "context", "answer", "database"]
-    assert dataset.digest(rows) == dataset.digest(dataset.read(source, seed=1))
-    assert dataset.digest(rows) != dataset.digest(dataset.read(source, seed=2))
+    assert dataset.digest(rows) == dataset.digest(again)
+    assert dataset.digest(rows) != dataset.digest(other)
 
 
 @pytest.mark.parametrize("column", dataset.COLUMNS)
@@ -247,8 +256,9 @@ def test_the_digest_does_not_depend_on_index_or_further_columns():
 def test_the_digest_is_the_same_in_another_process(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [*plain_rows(3), {"question": "é", "context": None}])
     code = (
-        "import sys; from steps.text2sql import dataset as d;"
-        "print(d.digest(d.read(d.resolve(sys.argv[1], base_is_hub=False), seed=0)))"
+        "import sys; from pathlib import Path; from steps.text2sql import dataset as d;"
+        "columns = d.Columns('question', 'context', 'answer', '');"
+        "print(d.digest(d.read_file(Path(sys.argv[1]), columns=columns, parameter='dataset')))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code, str(path)],
@@ -276,14 +286,14 @@ def hub_calls(monkeypatch):
 
 
 def test_auto_is_the_built_in_rows_where_the_base_is_local(hub_calls):
-    source = dataset.resolve("auto", base_is_hub=False)
+    source = resolve("auto", base_is_hub=False)
     assert (source.kind, source.name, source.commit) == ("sample", "sample", "")
     assert source.reason.startswith("auto:")
     assert hub_calls == []
 
 
 def test_auto_is_the_pinned_hub_dataset_where_the_base_is_on_the_hub(hub_calls):
-    source = dataset.resolve("auto", base_is_hub=True)
+    source = resolve("auto", base_is_hub=True)
     commit = "9d80a6a118b838d9defc3798d659a54a2ac2ff37"
     assert (source.kind, source.name, source.commit) == ("hub", "b-mc2/sql-create-context", commit)
     assert source.reason.startswith("auto:")
@@ -292,9 +302,7 @@ def test_auto_is_the_pinned_hub_dataset_where_the_base_is_on_the_hub(hub_calls):
 
 @pytest.mark.parametrize("base_is_hub", [True, False])
 def test_a_given_dataset_does_not_depend_on_the_base(hub_calls, tmp_path, base_is_hub):
-    given = [
-        dataset.resolve(v, base_is_hub=base_is_hub) for v in ("sample", "a/b@main", str(tmp_path / "r.csv"))
-    ]
+    given = [resolve(v, base_is_hub=base_is_hub) for v in ("sample", "a/b@main", str(tmp_path / "r.csv"))]
     assert [(s.kind, s.name, s.commit, s.reason) for s in given] == [
         ("sample", "sample", "", "as given"),
         ("hub", "a/b", "f" * 40, "as given"),
@@ -308,11 +316,12 @@ def test_a_given_dataset_does_not_depend_on_the_base(hub_calls, tmp_path, base_i
 def test_hub_rows_are_read_at_their_commit(monkeypatch):
     asked = []
 
-    def load_dataset(name, **settings):
-        asked.append((name, settings))
+    def load_dataset(path, **settings):
+        asked.append((path, settings))
         return dataset.datasets.Dataset.from_list([{"context": "c", "answer": "a", "question": "q"}])
 
     monkeypatch.setattr(dataset.datasets, "load_dataset", load_dataset)
-    rows = dataset.read(dataset.DatasetSource("a/b", "hub", "a/b", "f" * 40, ""), seed=1)
+    source = dataset.DatasetSource("a/b", "hub", "a/b", "f" * 40, "", "small", "train[:10%]")
+    rows = dataset.read(source, columns=COLUMNS, seed=1)["train"]
     assert rows.values.tolist() == [["q", "c", "a"]]
-    assert asked == [("a/b", {"revision": "f" * 40, "split": "train"})]
+    assert asked == [("a/b", {"name": "small", "revision": "f" * 40, "split": "train[:10%]"})]

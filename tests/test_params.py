@@ -81,8 +81,8 @@ def test_a_shortened_name_is_not_completed():
 
 
 def test_a_name_like_no_other_is_refused_with_the_names_that_exist():
-    names = "base_model, dataset, max_length, seed, split_by, test_size"
-    assert refusal("prepare_data", zzz=1) == f"zzz=1: no such parameter; there are: {names}"
+    names = "dataset_uri, eval_batch_size, eval_rows, model_uri, query_timeout_seconds"
+    assert refusal("evaluate", zzz=1) == f"zzz=1: no such parameter; there are: {names}"
 
 
 def test_a_missing_parameter_is_named():

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from steps.text2sql import dataset, scoring
+from steps.text2sql.databases import DATABASE
 from steps.text2sql.sql_model import Generated, SQLModel, extract_sql
 
 # New tokens beyond the longest gold answer: room for a longer but right query, and for EOS.
@@ -54,7 +55,7 @@ def judge(
     rows: pandas.DataFrame, answers: Sequence[Generated], *, databases: Path, timeout_seconds: float
 ) -> list[scoring.Verdict]:
     """Verdicts in the order of the rows; a row's `database` is a path below `databases`."""
-    names = rows[dataset.DATABASE] if dataset.DATABASE in rows else [None] * len(rows)
+    names = rows[DATABASE] if DATABASE in rows else [None] * len(rows)
     return [
         scoring.judge(
             context=row.context,

@@ -54,6 +54,7 @@ def log_model(adapter: Path, described: AdapterManifest, *, name: str) -> ModelI
         "base_model": source.base_model,
         "quantization": described.quantization,
         "prompt_template": source.prompt_template,
+        "prompt_style": source.prompt_style,
     }
     with tempfile.TemporaryDirectory() as scratch:
         license_file = Path(scratch) / "BASE_MODEL_LICENSE"

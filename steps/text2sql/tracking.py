@@ -27,6 +27,7 @@ from steps.text2sql.params import parse
 
 DATASET = "dataset"
 REJECTED = "rejected.jsonl"
+PROMPT = "prompt_template.txt"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.json"
