@@ -153,18 +153,26 @@ def test_the_version_names_its_prompt_in_the_registry(own):
     row = {"question": "Q {x}", "context": "C"}
     template = mlflow.models.get_model_info("models:/text2sql/1").metadata["prompt_template"]
     assert prompt.format(**row) == sql_model.render_prompt(template, **row)
-    linked = mlflow.get_logged_model(version.model_id).tags["mlflow.linkedPrompts"]
+    linked = mlflow.get_logged_model(version.source.removeprefix("models:/")).tags["mlflow.linkedPrompts"]
     assert json.loads(linked) == [{"name": "text2sql-prompt", "version": "1"}]
 
 
 def test_the_served_package_encodes_rows_as_they_were_trained(own):
     data = datasets.load_from_disk(own.dataset, keep_in_memory=True)["train"]
     model = mlflow.pyfunc.load_model("models:/text2sql/1").unwrap_python_model()
-    served = sql_model.encode_prompts(model.tokenizer, model.prompts(data.to_pandas()))
+    encode_prompts = model.prompts.__globals__["encode_prompts"]  # of the package's own copy of sql_model
+    served = encode_prompts(model.tokenizer, model.prompts(data.to_pandas()))
     for row, prompt in zip(data, served, strict=True):
         assert row["input_ids"][: len(prompt)] == prompt
         assert row["labels"][: len(prompt)] == [-100] * len(prompt)
         assert row["labels"][len(prompt)] == row["input_ids"][len(prompt)]
+
+
+def test_a_full_text_shows_the_chat_with_its_control_tokens(own):
+    model = mlflow.pyfunc.load_model("models:/text2sql/1")
+    settings = {"max_new_tokens": 1, "return_full_text": True}
+    (text,) = model.predict([{"question": "How many?", "context": "C"}], params=settings)
+    assert "<|im_start|>user\nSchema {SQLite}:\nC\nAsked:\nHow many?<|im_end|>" in text
 
 
 def test_rows_with_databases_have_an_execution_accuracy(own):

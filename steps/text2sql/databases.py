@@ -79,8 +79,8 @@ def check_test_rows(test: pandas.DataFrame) -> None:
         largest = max(sizes, key=sizes.get)
         raise UserError(
             f"database_column: the {len(sizes)} databases of the test rows have {sum(sizes.values()):,} "
-            f"bytes, more than the {MAX_BYTES:,} that are copied; the largest is {largest}. Give smaller ones, "
-            "or a smaller test_size."
+            f"bytes, more than the {MAX_BYTES:,} that are copied; the largest is {largest}. Give smaller "
+            "ones, or a smaller test_size."
         )
 
 
