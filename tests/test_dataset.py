@@ -419,7 +419,8 @@ def test_a_configuration_or_split_that_the_hub_does_not_have_is_the_users_error(
         dataset.read(source, columns=COLUMNS, seed=1)
 
 
-def test_database_files_are_no_column_of_a_hub_dataset():
-    source = dataset.DatasetSource("a/b", "hub", "a/b", "f" * 40, "", "", "train")
+@pytest.mark.parametrize("kind", ["hub", "sample"])
+def test_database_files_belong_to_a_dataset_of_files(kind):
+    source = dataset.DatasetSource("a/b", kind, "a/b", "", "")
     with pytest.raises(UserError, match="database_column=file: needs a dataset of files"):
         dataset.read(source, columns=COLUMNS._replace(database="file"), seed=1)

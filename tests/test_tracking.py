@@ -188,11 +188,9 @@ def test_a_relative_store_is_refused_with_its_absolute_form_and_not_made(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tracking, "users_folder", lambda: Path("/home/me"))
-    (mlflow.set_tracking_uri if "TRACKING" in name else mlflow.set_registry_uri)(f"sqlite:///{file}")
-    try:
-        message = exit_text(lambda: pytest.fail("the body was called"))
-    finally:
-        mlflow.set_registry_uri(None)
+    monkeypatch.setenv(name, f"sqlite:///{file}")
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    message = exit_text(lambda: pytest.fail("the body was called"))
     assert message.startswith(f"\nError: {name}=sqlite:///{file}: is a relative path")
     assert message.endswith(f"give the absolute form: sqlite:////home/me/{Path(file)}")
     assert list(tmp_path.iterdir()) == []

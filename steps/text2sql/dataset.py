@@ -84,12 +84,12 @@ def read(source: DatasetSource, *, columns: Columns, seed: int) -> dict[str, pan
         UserError: naming the line, the encoding, the missing columns, or the rows without a database.
     """
     problem = f"dataset={source.location}"
+    if columns.database and source.kind != "file":
+        raise UserError(f"database_column={columns.database}: needs a dataset of files, not {source.name}.")
     if source.kind == "sample":
         built_in = Columns(*columns[:3], database=DATABASE)
         return {"train": _select(pandas.DataFrame(sample_data.generate(seed)), built_in, problem)}
     if source.kind == "hub":
-        if columns.database:
-            raise UserError(f"database_column={columns.database}: needs a dataset of files, not {problem}.")
         return {"train": _select(_load_from_hub(source), columns, problem)}
     path = Path(source.location)
     if path.is_dir():
