@@ -121,11 +121,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -
 
 def _encode_chats(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[ChatPrompt]) -> list[list[int]]:
     """Text between two control tokens is encoded as one, as a tokenizer does with a whole chat."""
+    of_template = {text for prompt in prompts for text, is_template in prompt.parts if is_template}
+    split = {text: _split_at_control_tokens(tokenizer, text) for text in of_template}
     chats = []
     for prompt in prompts:
         pieces = [""]  # text, control token, text, …
         for text, is_template in prompt.parts:
-            first, *rest = _split_at_control_tokens(tokenizer, text) if is_template else [text]
+            first, *rest = split[text] if is_template else [text]
             pieces = [*pieces[:-1], pieces[-1] + first, *rest]
         chats.append(pieces)
     texts = [text for pieces in chats for text in pieces[0::2]]
