@@ -21,7 +21,9 @@ COLUMNS = ("question", "context", "answer")
 HUB_DATASET = "b-mc2/sql-create-context@9d80a6a118b838d9defc3798d659a54a2ac2ff37"
 INSTEAD = "dataset=<absolute path of a JSONL, JSON, CSV or Parquet file> or dataset=sample"
 # Files of a folder that are splits of their own: `test.csv`, `dev.csv`, `test-00000-of-00002.parquet`.
-SPLIT_FILE = re.compile(r"(train|(validation|valid|val|dev)|(test))(-\d+-of-\d+)?", re.IGNORECASE)
+SPLIT_FILE = re.compile(
+    r"(?:train|(?P<validation>validation|valid|val|dev)|(?P<test>test))(?:-\d+-of-\d+)?", re.IGNORECASE
+)
 # A CSV field may be as large as a row may be long; the module's own limit is 128 KiB.
 csv.field_size_limit(2**31 - 1)
 
@@ -111,8 +113,8 @@ def read_file(path: Path, *, columns: Columns, parameter: str) -> pandas.DataFra
 def _read_folder(folder: Path, columns: Columns) -> dict[str, pandas.DataFrame]:
     parts: dict[str, list[pandas.DataFrame]] = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES):
-        _, validation, test, _ = (SPLIT_FILE.fullmatch(path.stem) or SPLIT_FILE.fullmatch("train")).groups()
-        split = "validation" if validation else "test" if test else "train"
+        named = SPLIT_FILE.fullmatch(path.stem)
+        split = (named and named.lastgroup) or "train"
         parts.setdefault(split, []).append(read_file(path, columns=columns, parameter="dataset"))
     if "train" not in parts:
         raise UserError(
