@@ -8,7 +8,7 @@ import datasets
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import adapter, manifest, model_card, packaging, tracking, training_rows
+from steps.text2sql import adapter, manifest, model_card, packaging, prompt_registry, tracking, training_rows
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
@@ -27,7 +27,14 @@ def main(params: RegisterParams) -> None:
         logged = packaging.log_model(folder, described, name=tracking.MODEL, card=card)
     log_training_rows(logged.model_id, seen)
     answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
-    version = register(logged.model_uri, described, params, card=card)
+    prompt = prompt_registry.publish(
+        of_dataset.prompt_template,
+        style=of_dataset.prompt_style,
+        model_name=params.registered_model_name,
+        model_id=logged.model_id,
+        run_id=tracking.run_id(),
+    )
+    version = register(logged.model_uri, described, params, card=card, prompt=prompt)
     print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
 
 
@@ -60,7 +67,7 @@ def log_training_rows(model_id: str, hashes: list[str]) -> None:
 
 
 def register(
-    model_uri: str, described: AdapterManifest, params: RegisterParams, *, card: str
+    model_uri: str, described: AdapterManifest, params: RegisterParams, *, card: str, prompt: str
 ) -> ModelVersion:
     """Register a logged model that works, with its card and its origin as tags, as challenger."""
     source = described.of_dataset
@@ -68,6 +75,7 @@ def register(
         "base_model": source.base_model,
         "base_commit": source.base_commit,
         "quantization": described.quantization,
+        "prompt": prompt,
         "dataset": source.dataset,
         "dataset_digest": source.dataset_digest,
         "git_commit": tracking.git_commit(),

@@ -127,7 +127,8 @@ def test_every_step_ends_finished_and_version_1_is_challenger_and_champion(chain
 def test_prepare_data_logs_dataset_rejected_rows_examples_and_a_histogram(chain):
     found = set(artifacts(chain.prepare_data))
     splits = {f"dataset/{name}/dataset_info.json" for name in ("train", "validation", "test")}
-    others = {"dataset/manifest.json", "rejected.jsonl", "examples.json", "token_lengths.png"}
+    others = {"dataset/manifest.json", "rejected.jsonl", "examples.json"}
+    others |= {"token_lengths.png", "prompt_template.txt"}
     assert splits | others <= found
     assert len(load_dict(of_artifact(chain.prepare_data, "examples.json"))["data"]) == 10
     assert load_text(of_artifact(chain.prepare_data, "rejected.jsonl")).strip() == ""
@@ -145,7 +146,10 @@ def test_the_manifest_says_what_was_resolved(chain, tiny_base):
         "dataset": "sample",
         "dataset_source": "steps.text2sql.sample_data",
         "dataset_commit": "",
+        "dataset_config": "",
+        "dataset_split": "",
         "prompt_template": sql_model.PROMPT_TEMPLATE,
+        "prompt_style": "plain",
         "max_length": 1024,
         "split_by": "schema",
         "test_size": 0.2,
@@ -267,6 +271,7 @@ def test_the_version_says_where_it_comes_from_and_why_it_was_promoted(chain, tin
         "base_model": str(tiny_base),
         "base_commit": "",
         "quantization": "nf4",
+        "prompt": "prompts:/text2sql-prompt/1",
         "dataset": "sample",
         "dataset_digest": manifest["dataset_digest"],
         "git_commit": "",
@@ -315,6 +320,7 @@ def test_the_packages_metadata_has_template_base_and_dataset(chain, tiny_base):
     manifest = load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
     assert mlflow.models.get_model_info("models:/text2sql/1").metadata == {
         "prompt_template": sql_model.PROMPT_TEMPLATE,
+        "prompt_style": "plain",
         "base_model": str(tiny_base),
         "base_commit": "",
         "quantization": "nf4",

@@ -23,6 +23,7 @@ MAY_IMPORT_MLFLOW = {
         "evaluation_run",
         "promotions",
         "promotion_lock",
+        "prompt_registry",
         "transformers_flavor",
     )
 }

@@ -106,8 +106,8 @@ def test_a_shortened_name_is_not_completed():
 
 
 def test_a_name_like_no_other_is_refused_with_the_names_that_exist():
-    names = "base_model, dataset, max_length, seed, split_by, test_size"
-    assert refusal("prepare_data", zzz=1) == f"zzz=1: no such parameter; there are: {names}"
+    names = "dataset_uri, eval_batch_size, eval_rows, model_uri, query_timeout_seconds"
+    assert refusal("evaluate", zzz=1) == f"zzz=1: no such parameter; there are: {names}"
 
 
 def test_a_missing_parameter_is_named():
@@ -249,6 +249,46 @@ def test_a_dataset_file_is_accepted_by_its_suffix(suffix, tmp_path):
 def test_a_missing_dataset_file_is_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     assert refusal("prepare_data", dataset=file) == f"dataset={file}: is no file"
+
+
+def test_a_folder_with_data_files_is_a_dataset(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    assert parsed("prepare_data", dataset=tmp_path).dataset == str(tmp_path)
+
+
+def test_a_folder_without_data_files_is_no_dataset(tmp_path):
+    (tmp_path / "rows.xlsx").touch()
+    assert "is a folder without files that end in .jsonl" in refusal("prepare_data", dataset=tmp_path)
+
+
+def test_a_validation_file_is_checked_like_a_dataset_file(tmp_path, users_folder):
+    assert "is no file" in refusal("prepare_data", validation_dataset=tmp_path / "gone.csv")
+    assert "must end in" in refusal("prepare_data", validation_dataset=__file__)
+    message = refusal("prepare_data", validation_dataset="dev.csv")
+    assert message.endswith(f"give the absolute form: {users_folder}/dev.csv")
+
+
+def test_a_prompt_template_is_checked_before_any_step_starts(tmp_path, users_folder):
+    (tmp_path / "prompt.txt").write_text("{question}\n")
+    assert "lacks {context}" in main_refusal(prompt_template=tmp_path / "prompt.txt")
+    assert "is no file" in refusal("prepare_data", prompt_template=tmp_path / "gone.txt")
+    assert refusal("prepare_data", prompt_template="prompt.txt").endswith(f": {users_folder}/prompt.txt")
+    (tmp_path / "prompt.txt").write_text("{question}{context}\n")
+    assert parsed("prepare_data", prompt_template=tmp_path / "prompt.txt").prompt_template.endswith(
+        "/prompt.txt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("question_column", "", "at least 1 character"),
+        ("dataset_split", "train; x", "pattern"),
+        ("prompt_style", "xml", "'plain' or 'chat'"),
+    ],
+)
+def test_a_bad_setting_of_the_data_is_refused(name, value, reason):
+    assert reason in refusal("prepare_data", **{name: value})
 
 
 def test_a_dataset_file_with_another_suffix_is_refused_with_those_that_are_read(tmp_path):

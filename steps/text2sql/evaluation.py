@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from steps.text2sql import dataset, scoring
+from steps.text2sql.databases import DATABASE
 from steps.text2sql.sql_model import (
     Generated,
     SQLModel,
@@ -80,7 +81,7 @@ def judge(
     rows: pandas.DataFrame, answers: Sequence[Generated], *, databases: Path, timeout_seconds: float
 ) -> list[scoring.Verdict]:
     """Verdicts in the order of the rows; a row's `database` is a path below `databases`."""
-    names = rows[dataset.DATABASE] if dataset.DATABASE in rows else [None] * len(rows)
+    names = rows[DATABASE] if DATABASE in rows else [None] * len(rows)
     return [
         scoring.judge(
             context=row.context,

@@ -55,6 +55,7 @@ def log_model(adapter: Path, described: AdapterManifest, *, name: str, card: str
         "base_model": source.base_model,
         "quantization": described.quantization,
         "prompt_template": source.prompt_template,
+        "prompt_style": source.prompt_style,
     }
     with tempfile.TemporaryDirectory() as scratch:
         # MLflow keeps the name of a folder, and a checkpoint has another one.

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 import psutil
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from steps.text2sql import prompt_template
 from steps.text2sql.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -79,15 +80,41 @@ def _rows(value: str, words: str = "sample") -> str:
     if value == "sample":
         return value
     if _looks_like_path(value) or value.endswith(DATA_SUFFIXES):
-        file = _absolute(value)
-        if not Path(file).is_file():
-            raise ValueError("is no file")
-        if not file.endswith(DATA_SUFFIXES):
-            raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
-        return file
+        path = Path(_absolute(value))
+        if not path.is_dir():
+            return _data_file(value)
+        if not any(file.name.endswith(DATA_SUFFIXES) for file in path.iterdir()):
+            raise ValueError(f"is a folder without files that end in {', '.join(DATA_SUFFIXES)}")
+        return str(path)
     if value == "auto":
         raise ValueError("must be sample, a hub id or an absolute path: what auto means is for training")
-    return _hub_id(value, f"{words}, a hub id or an absolute path ending in {', '.join(DATA_SUFFIXES)}")
+    return _hub_id(
+        value,
+        f"{words}, a hub id, or an absolute path: a folder, or ending in {', '.join(DATA_SUFFIXES)}",
+    )
+
+
+def _data_file(value: str) -> str:
+    file = _absolute(value)
+    if not Path(file).is_file():
+        raise ValueError("is no file")
+    if not file.endswith(DATA_SUFFIXES):
+        raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
+    return file
+
+
+def _optional_data_file(value: str) -> str:
+    return _data_file(value) if value else value
+
+
+def _prompt_template(value: str) -> str:
+    if value == "default":
+        return value
+    file = _absolute(value)
+    if not value or not Path(file).is_file():
+        raise ValueError("is no file; must be default or the absolute path of a text file")
+    prompt_template.read(Path(file))
+    return file
 
 
 def _hub_id(value: str, accepted: str) -> str:
@@ -131,6 +158,7 @@ ModelName = Annotated[
     str,
     Field(pattern=f"^{MODEL_NAME}$", max_length=250, description="name in the model registry"),
 ]
+Column = Annotated[str, Field(min_length=1, description="name of the column in the dataset")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of sampling, initialization and row order")]
 
 
@@ -146,7 +174,9 @@ class PrepareDataParams:
     dataset: Annotated[
         str,
         AfterValidator(_dataset),
-        Field(description="auto, sample, a hub id with optional @revision, or a file of DATA_SUFFIXES"),
+        Field(
+            description="auto, sample, a hub id with optional @revision, or a file or folder of DATA_SUFFIXES"
+        ),
     ]
     max_length: Annotated[
         int, Field(ge=16, le=32768, description="tokens of prompt and answer; longer rows are rejected")
@@ -158,6 +188,33 @@ class PrepareDataParams:
         Literal["schema", "random"], Field(description="schema: no test table occurs in training")
     ]
     seed: Seed
+    dataset_config: Annotated[str, Field(description="configuration of a hub dataset; empty: its default")]
+    dataset_split: Annotated[
+        str,
+        Field(
+            pattern=r"^[\w.+:%\[\]-]*$", description="split of a hub dataset to take rows from; empty: train"
+        ),
+    ]
+    question_column: Column
+    context_column: Column
+    answer_column: Column
+    database_column: Annotated[
+        str,
+        Field(description="paths of SQLite files, absolute or from the data file's folder; empty: none"),
+    ]
+    validation_dataset: Annotated[
+        str,
+        AfterValidator(_optional_data_file),
+        Field(description="a file of DATA_SUFFIXES; empty: validation rows are taken out of train"),
+    ]
+    prompt_template: Annotated[
+        str,
+        AfterValidator(_prompt_template),
+        Field(description="default, or a text file with {context} and {question}; other braces doubled"),
+    ]
+    prompt_style: Annotated[
+        Literal["plain", "chat"], Field(description="chat: in the chat form of an instruct model")
+    ]
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def of_dataset(source: dataset.DatasetSource, trained_on: DatasetManifest) -> pa
     Raises:
         UserError: a row lacks question, context or answer, naming the first ones; or none is left.
     """
-    rows = dataset.read(source, seed=trained_on.seed)
+    columns = dataset.Columns(*dataset.COLUMNS, dataset.DATABASE, database_is_optional=True)
+    found = dataset.read(source, columns=columns, seed=trained_on.seed)
+    rows = found.get("test", found["train"])
     if source.kind == "sample":
         how = {"by": trained_on.split_by, "test_size": trained_on.test_size, "seed": trained_on.seed}
         rows = splits.split(rows, **how)["test"]

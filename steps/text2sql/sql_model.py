@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import string
 import subprocess
 import sys
 import tempfile
@@ -84,9 +85,31 @@ class Generated(NamedTuple):
     stopped: bool
 
 
-def render_prompt(template: str, *, question: str, context: str) -> str:
-    """Fill a template that has `{context}` and `{question}`; braces in the values stay as they are."""
-    return template.format(context=context, question=question)
+class ChatPrompt(str):
+    """A prompt in a model's chat form: only what its template wrote may be control tokens.
+
+    `parts` are its texts in order, each with whether the template wrote it.
+    """
+
+    def __new__(cls, parts: Sequence[tuple[str, bool]]) -> "ChatPrompt":
+        """Join the parts."""
+        prompt = super().__new__(cls, "".join(text for text, _ in parts))
+        prompt.parts = parts
+        return prompt
+
+
+def render_prompt(template: str, *, question: str, context: str, style: str = "plain") -> str:
+    """Fill a template that has `{context}` and `{question}`; braces in the values stay as they are.
+
+    Style `chat` gives a `ChatPrompt`, for a template that holds a chat's control tokens.
+    """
+    values = {"context": context, "question": question}
+    if style == "plain":
+        return template.format(**values)
+    parts = []
+    for text, field, _, _ in string.Formatter().parse(template):
+        parts += [(text, True)] + ([(values[field], False)] if field else [])
+    return ChatPrompt(parts)
 
 
 def extract_sql(text: str) -> str:
@@ -96,9 +119,50 @@ def extract_sql(text: str) -> str:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt. Text that spells a special token stays text; no EOS at the end."""
+    """Token ids of each prompt. Text that spells a special token stays text; no EOS at the end.
+
+    The template of a `ChatPrompt` has control tokens, and says itself whether there is a BOS.
+    """
+    if any(isinstance(prompt, ChatPrompt) for prompt in prompts):
+        return _encode_chats(tokenizer, prompts)
     ids = tokenizer(list(prompts), split_special_tokens=True)["input_ids"]
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in ids]
+
+
+def _encode_chats(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[ChatPrompt]) -> list[list[int]]:
+    """Text between two control tokens is encoded as one, as a tokenizer does with a whole chat."""
+    of_template = {text for prompt in prompts for text, is_template in prompt.parts if is_template}
+    split = {text: _split_at_control_tokens(tokenizer, text) for text in of_template}
+    chats = []
+    for prompt in prompts:
+        pieces = [""]  # text, control token, text, …
+        for text, is_template in prompt.parts:
+            first, *rest = split[text] if is_template else [text]
+            pieces = [*pieces[:-1], pieces[-1] + first, *rest]
+        chats.append(pieces)
+    texts = [text for pieces in chats for text in pieces[0::2]]
+    encoded = iter(tokenizer(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"])
+    return [_join(tokenizer, [next(encoded) for _ in pieces[0::2]], pieces[1::2]) for pieces in chats]
+
+
+def _split_at_control_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """Text, control token, text, …; some control tokens swallow the white space beside them."""
+    tokens = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    for i in range(1, len(pieces), 2):
+        if tokens[pieces[i]].lstrip:
+            pieces[i - 1] = pieces[i - 1].rstrip()
+        if tokens[pieces[i]].rstrip:
+            pieces[i + 1] = pieces[i + 1].lstrip()
+    return pieces
+
+
+def _join(tokenizer: PreTrainedTokenizerFast, texts: list[list[int]], control: list[str]) -> list[int]:
+    ids = texts[0]
+    for token, text in zip(control, texts[1:], strict=True):
+        ids = [*ids, tokenizer.convert_tokens_to_ids(token), *text]
+    return ids
 
 
 def pick_device() -> tuple[str, torch.dtype]:
@@ -386,26 +450,33 @@ class SQLModel(PythonModel):
     """MLflow model: questions and contexts in, SQL out.
 
     `model_config` names the base (`base_model`, as in `load_base`; a moved base is given at load time),
-    its `quantization` and the `prompt_template`.
+    its `quantization`, the `prompt_template` and the `prompt_style`.
     """
 
     def load_context(self, context: Any) -> None:
         """Load the base by its reference and put the adapter of the package on it."""
         config: Mapping[str, str] = context.model_config
         adapter = context.artifacts["adapter"]
-        self.prompt_template = config["prompt_template"]
+        self.prompt_template, self.prompt_style = config["prompt_template"], config["prompt_style"]
         self.tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
         base = load_base(os.path.expanduser(config["base_model"]), config["quantization"])
         self.model = PeftModel.from_pretrained(base, adapter).eval()
 
     @classmethod
-    def of_merged(cls, folder: str, *, prompt_template: str) -> "SQLModel":
+    def of_merged(cls, folder: str, *, prompt_template: str, prompt_style: str) -> "SQLModel":
         """The same over a folder of a merged model, which has no adapter to switch off."""
         merged = cls()
-        merged.prompt_template = prompt_template
+        merged.prompt_template, merged.prompt_style = prompt_template, prompt_style
         merged.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         merged.model = load_base(folder, "none").eval()
         return merged
+
+    def prompts(self, rows: pandas.DataFrame) -> list[str]:
+        """Prompt of each row."""
+        return [
+            render_prompt(self.prompt_template, question=question, context=context, style=self.prompt_style)
+            for question, context in zip(rows["question"], rows["context"], strict=True)
+        ]
 
     def answer(
         self, rows: pandas.DataFrame, *, adapter: bool = True, **settings: Any
@@ -414,15 +485,9 @@ class SQLModel(PythonModel):
 
         Yields each batch as {position in rows: answer}; `settings` are those of `generate`.
         """
+        prompts = self.prompts(rows)
         with nullcontext() if adapter else self.model.disable_adapter():
-            yield from generate(self.model, self.tokenizer, self.prompts(rows), **settings)
-
-    def prompts(self, rows: pandas.DataFrame) -> list[str]:
-        """The prompt of each row with columns `question` and `context`."""
-        return [
-            render_prompt(self.prompt_template, question=question, context=context)
-            for question, context in zip(rows["question"], rows["context"], strict=True)
-        ]
+            yield from generate(self.model, self.tokenizer, prompts, **settings)
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
@@ -440,10 +505,7 @@ class SQLModel(PythonModel):
         answers = {i: answer for batch in batches for i, answer in batch.items()}
         if not full_text:
             return [extract_sql(answers[i].text) for i in range(len(rows))]
-        return [
-            render_prompt(self.prompt_template, question=row.question, context=row.context) + answers[i].text
-            for i, row in enumerate(rows.itertuples())
-        ]
+        return [prompt + answers[i].text for i, prompt in enumerate(self.prompts(rows))]
 
 
 mlflow.models.set_model(SQLModel())

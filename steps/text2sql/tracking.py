@@ -16,17 +16,20 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_BRANCH,
     MLFLOW_GIT_COMMIT,
+    MLFLOW_GIT_REPO_URL,
     MLFLOW_PARENT_RUN_ID,
     MLFLOW_PROJECT_ENV,
     MLFLOW_SOURCE_NAME,
 )
 
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import parse
+from steps.text2sql.params import parse, users_folder
 
 DATASET = "dataset"
 REJECTED = "rejected.jsonl"
+PROMPT = "prompt_template.txt"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.json"
@@ -58,6 +61,8 @@ GATE = "gate_"
 PROMOTION = "promotion/"
 TAG_EXPORTED_TO = "exported_to"
 CHOSEN = "chosen"
+# Where the project came from, as MLflow notes it.
+SOURCE_TAGS = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_COMMIT, MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL)
 
 PROJECT = Path(__file__).parents[2]
 Params = TypeVar("Params")
@@ -86,8 +91,10 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _quiet()
     signal.signal(signal.SIGTERM, _interrupt)
+    check_store()
     mlflow.start_run()
     try:
+        take_source_of_parent()
         body()
     except (UserError, *user_errors) as error:
         _end("FAILED", TAG_FAILURE, str(error))
@@ -99,6 +106,29 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
         _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
         raise
     mlflow.end_run()
+
+
+def check_store() -> None:
+    """Refuse a store whose file each process would look for in its own folder, before one is made there."""
+    stores = {
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+    }
+    for name, uri in stores.items():
+        start, slashes, file = uri.partition(":///")
+        if start.startswith("sqlite") and slashes and not Path(file).is_absolute():
+            raise SystemExit(
+                f"\nError: {name}={uri}: is a relative path, but steps run in the project's folder; "
+                f"give the absolute form: {start}:///{users_folder() / file}"
+            )
+
+
+def take_source_of_parent() -> None:
+    """Note on a step's run where the project came from: main starts it from a folder, perhaps a clone."""
+    parent = _tags().get(MLFLOW_PARENT_RUN_ID)
+    if parent:
+        tags = mlflow.get_run(parent).data.tags
+        mlflow.set_tags({name: tags[name] for name in SOURCE_TAGS if name in tags})
 
 
 def _interrupt(number: int, _: Any) -> None:
