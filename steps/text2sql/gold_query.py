@@ -67,9 +67,8 @@ class Needs:
     """What rows must show for a gold query to be told from its neighbours.
 
     `linked` are sets of columns that are compared with each other or meet in a set operation, `keys` those of
-    them that are compared, `listed` stand in SELECT as they are; `has_alternatives` says that there is
-    an OR; `group_sizes` are constants that a COUNT is
-    compared with; `rows_to_skip` is LIMIT plus OFFSET.
+    them that are compared, `listed` stand in SELECT as they are; `has_alternatives`: there is an OR;
+    `group_sizes` are constants that a COUNT is compared with; `rows_to_skip` is LIMIT plus OFFSET.
     """
 
     constants: dict[Column, list[Value]] = field(default_factory=lambda: defaultdict(list))
