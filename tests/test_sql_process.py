@@ -64,6 +64,14 @@ def test_a_query_that_ends_the_process_takes_no_other_with_it():
     assert "syntax error" in str(wrong)
 
 
+def test_sqlite_stops_by_itself_where_it_can_and_the_process_stays():
+    run_query(T, "SELECT 1", timeout_seconds=10)
+    before = workers()
+    with pytest.raises(QueryError, match=r"took over 1 s"):
+        run_query(T, f"{N} SELECT COUNT(*) FROM n", timeout_seconds=1)
+    assert workers() == before
+
+
 def test_no_queries_still_need_a_context_that_executes():
     assert run_queries(T, [], timeout_seconds=10) == []
     with pytest.raises(QueryError, match="context: incomplete input"):
@@ -115,6 +123,13 @@ def test_an_interrupted_call_leaves_no_reply_for_the_next_one(monkeypatch, is_ru
     with monkeypatch.context() as patch:
         patch.setattr(sql_process.SqlProcess, "_receive", interrupt)
         run_query_until_interrupted("SELECT 'old'")
+    assert run_query(T, "SELECT 'new'", timeout_seconds=10) == [("new",)]
+
+
+def test_what_a_stopped_process_said_is_not_read_any_more():
+    run_query(T, "SELECT 1", timeout_seconds=10)
+    sql_process.PROCESS._unread = b'["rows",[["old"]]]\n'
+    sql_process.PROCESS.stop()
     assert run_query(T, "SELECT 'new'", timeout_seconds=10) == [("new",)]
 
 
@@ -191,6 +206,27 @@ print(PROCESS._process.pid, flush=True)
     worker = int(process.stdout.readline())
     process.communicate(timeout=60)
     wait_until(lambda: not psutil.pid_exists(worker))
+
+
+def test_a_query_of_a_daemon_thread_does_not_outlive_the_process():
+    text = f"""
+import threading
+from steps.text2sql.sql_execution import MadeDatabase, run_query
+from steps.text2sql.sql_process import PROCESS
+run_query(MadeDatabase("", {{}}), "SELECT 1", timeout_seconds=10)
+ask = lambda: run_query(MadeDatabase("", {{}}), {f"SELECT {SLOW}"!r}, timeout_seconds=300)
+threading.Thread(target=ask, daemon=True).start()
+print(PROCESS._process.pid, flush=True)
+input()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", text], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    worker = psutil.Process(int(process.stdout.readline()))
+    used = worker.cpu_times().user
+    wait_until(lambda: worker.cpu_times().user > used + 0.1)  # it is in the opcode
+    process.communicate("\n", timeout=60)
+    wait_until(lambda: not worker.is_running())
 
 
 def test_a_worker_that_is_alone_in_a_long_opcode_ends_soon_after_its_deadline():
