@@ -131,6 +131,12 @@ def test_written_rows_are_read_again_as_the_same_rows_with_their_own_databases(t
     assert not any(Path(json.loads(line)["database"] or "").is_absolute() for line in lines)
 
 
+def test_files_of_one_name_stay_apart_where_letter_case_does_not_count(tmp_path):
+    names = [str(make_database(tmp_path / folder / "x.sqlite", 1)) for folder in "ab"]
+    names.append(str(make_database(tmp_path / "c" / "X.sqlite", 3)))
+    assert len({path.lower() for path in databases.write(names, tmp_path, seed=0)}) == 3
+
+
 def test_a_built_in_domain_gets_its_database(tmp_path):
     domain = sample_data.domain_names()[0]
     paths = databases.write([domain, None, domain], tmp_path, seed=42)
