@@ -64,7 +64,11 @@ def ask_both(
     budget = evaluation.token_budget(served.tokenizer, rows["answer"])
     first = ask(served, rows, budget)
     del served
-    merged = SQLModel.of_merged(str(folder), prompt_template=described.of_dataset.prompt_template)
+    merged = SQLModel.of_merged(
+        str(folder),
+        prompt_template=described.of_dataset.prompt_template,
+        prompt_style=described.of_dataset.prompt_style,
+    )
     return first, ask(merged, rows, budget)
 
 

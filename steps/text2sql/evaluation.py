@@ -16,7 +16,6 @@ from steps.text2sql.sql_model import (
     encode_prompts,
     extract_sql,
     pick_device,
-    render_prompt,
 )
 
 # New tokens beyond the longest gold answer: room for a longer but right query, and for EOS.
@@ -36,10 +35,7 @@ def token_budget(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> 
 
 def find_batch_size(model: SQLModel, rows: pandas.DataFrame, *, max_new_tokens: int, free: int) -> int:
     """Rows to generate at once in `free` bytes, 1 to `MAX_BATCH_SIZE`, if all were as long as the longest."""
-    prompts = [
-        render_prompt(model.prompt_template, question=row.question, context=row.context)
-        for row in rows.itertuples()
-    ]
+    prompts = model.prompts(rows)
     longest = max(map(len, encode_prompts(model.tokenizer, prompts)))
     needed = bytes_per_row(
         model.model.config.get_text_config(),

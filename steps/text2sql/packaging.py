@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import mlflow
 import yaml
 from mlflow.models.model import MLMODEL_FILE_NAME, Model, ModelInfo
 from mlflow.models.signature import ModelSignature
