@@ -70,11 +70,7 @@ def gather(params: EvaluateParams, trained_on: DatasetManifest, folder: Path) ->
         return scored_rows.write(chosen, folder, seed=trained_on.seed)
 
     if params.dataset:
-        return keep(
-            scored_rows.of_dataset(
-                dataset.resolve(params.dataset, base_is_hub=False, config="", split=""), trained_on
-            )
-        )
+        return keep(scored_rows.of_dataset(dataset.resolve(params.dataset, base_is_hub=False), trained_on))
     with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as prepared:
         return keep(scored_rows.of_prepared(prepared, source=f"dataset_uri={params.dataset_uri}"))
 

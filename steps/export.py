@@ -8,7 +8,15 @@ import pandas
 import torch
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import evaluation, manifest, merging, sample_data, tracking, transformers_flavor
+from steps.text2sql import (
+    evaluation,
+    manifest,
+    merging,
+    sample_data,
+    scored_rows,
+    tracking,
+    transformers_flavor,
+)
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.params import ExportParams
@@ -35,7 +43,7 @@ def main(params: ExportParams) -> None:
         dtype = check(adapter, described, params)
         with merging.made_at_once(output) as folder:
             merging.write(package, adapter, described, dtype=dtype, folder=folder)
-            rows = evaluation.choose_rows(
+            rows = scored_rows.choose(
                 pandas.DataFrame(sample_data.generate(SAMPLE_SEED)), params.compare_rows
             )
             served, merged = ask_both(package, folder, described, rows)

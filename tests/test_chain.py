@@ -189,7 +189,7 @@ def test_adapter_and_checkpoints_say_after_how_many_steps_they_were_saved(chain)
 def test_training_metrics_have_their_promised_names(chain):
     assert set(chain.train.data.metrics) == {
         *("train_loss", "train_loss_mean", "eval_loss", "learning_rate", "grad_norm"),
-        *("tokens_per_second", "samples_per_second", "peak_memory_gib"),
+        *("tokens_per_second", "samples_per_second", "mfu", "seconds_left", "peak_memory_gib"),
         *("trainable_parameters", "all_parameters", "trainable_share"),
     }
 

@@ -106,7 +106,7 @@ def test_a_shortened_name_is_not_completed():
 
 
 def test_a_name_like_no_other_is_refused_with_the_names_that_exist():
-    names = "dataset_uri, eval_batch_size, eval_rows, model_uri, query_timeout_seconds"
+    names = "dataset, dataset_uri, eval_batch_size, eval_rows, model_uri, query_timeout_seconds"
     assert refusal("evaluate", zzz=1) == f"zzz=1: no such parameter; there are: {names}"
 
 

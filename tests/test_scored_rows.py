@@ -17,7 +17,8 @@ TRAINED_ON = DatasetManifest(
     **dict.fromkeys(
         ("base_model", "base_commit", "base_license", "dataset", "dataset_source", "dataset_commit"), ""
     ),
-    **dict.fromkeys(("dataset_digest", "tokenizer_fingerprint", "prompt_template"), ""),
+    **dict.fromkeys(("dataset_config", "dataset_split", "dataset_digest", "tokenizer_fingerprint"), ""),
+    **dict.fromkeys(("prompt_template", "prompt_style"), ""),
     max_length=512,
     split_by="schema",
     test_size=0.2,
@@ -100,7 +101,7 @@ def test_databases_are_found_beside_the_file_and_by_absolute_path(tmp_path):
 def test_databases_that_do_not_exist_are_one_error(tmp_path):
     rows = [row | {"database": f"db/{i % 2}.sqlite"} for i, row in enumerate(plain_rows(4))]
     message = refusal(write_jsonl(tmp_path / "rows.jsonl", rows))
-    assert f"its column database names files that do not exist: {tmp_path}/db/0.sqlite, " in message
+    assert f"database_column=database: row 0: {tmp_path}/db/0.sqlite is no file; " in message
     assert message.count(".sqlite") == 2
 
 

@@ -128,7 +128,7 @@ def test_a_prediction_that_takes_too_long_is_wrong(database):
 
 
 def test_without_a_database_the_rows_of_made_databases_decide():
-    assert judge(f"{GOLD} AND 1", database=None) == Verdict(False, False, True, True, True, "")
+    assert judge(f"{GOLD} AND 1", database=None) == Verdict(False, False, True, True, True, "", "")
     found = judge("SELECT name FROM singer WHERE age = 31", database=None)
     assert (found.valid_sql, found.execution_accuracy) == (True, False)
     assert found.reason == "other rows than gold"

@@ -154,20 +154,26 @@ def test_a_batch_of_different_lengths_gives_the_tokens_of_each_prompt_alone(base
     ],
 )
 def test_a_batch_has_no_more_rows_and_padded_tokens_than_allowed_but_one_row_at_least(
-    batch_size, tokens, batches
+    base, monkeypatch, batch_size, tokens, batches
 ):
-    row_tokens = [7, 10, 6, 9]
-    found = list(sql_model.split_batches(row_tokens, batch_size=batch_size, max_batch_tokens=tokens))
-    assert found == batches
+    model, tokenizer = base
+    prompts = ["6", "9", "5", "8"]
+    # With one new token each row has 7, 10, 6 and 9.
+    monkeypatch.setattr(sql_model, "encode_prompts", lambda _, texts: [[3] * int(text) for text in texts])
+    found = sql_model.generate(
+        model, tokenizer, prompts, max_new_tokens=1, batch_size=batch_size, max_batch_tokens=tokens
+    )
+    assert [list(batch) for batch in found] == batches
 
 
-def test_no_rows_are_no_batch():
-    assert list(sql_model.split_batches([], batch_size=2, max_batch_tokens=2)) == []
+def test_no_rows_are_no_batch(base):
+    assert list(sql_model.generate(*base, [], max_new_tokens=1)) == []
 
 
 def test_64_rows_of_one_request_are_one_batch_and_very_long_ones_are_several(base, monkeypatch):
     served = sql_model.SQLModel()
     (served.model, served.tokenizer), served.prompt_template = base, "{context} {question}"
+    served.prompt_style = "plain"
     sizes = []
     generate = served.model.generate
 

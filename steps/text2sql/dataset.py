@@ -58,7 +58,7 @@ class DatasetSource:
     split: str = ""
 
 
-def resolve(dataset: str, *, base_is_hub: bool, config: str, split: str) -> DatasetSource:
+def resolve(dataset: str, *, base_is_hub: bool, config: str = "", split: str = "") -> DatasetSource:
     """Pin `auto`, `sample`, a file, a folder of files, or a hub id; `split` empty is the hub's `train`.
 
     Raises:

@@ -353,7 +353,7 @@ def generate(
     Yields each batch as {index into prompts: answer}, longest prompts first: a batch that is too large for
     the memory fails at once, and is halved then.
     """
-    ids = encode_prompts(tokenizer, prompts)
+    ids = encode_prompts(tokenizer, prompts) if prompts else []
     settings = greedy(tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     while order:
