@@ -131,7 +131,7 @@ def test_without_a_database_the_rows_of_made_databases_decide():
     assert judge(f"{GOLD} AND 1", database=None) == Verdict(False, False, True, True, True, "", "")
     found = judge("SELECT name FROM singer WHERE age = 31", database=None)
     assert (found.valid_sql, found.execution_accuracy) == (True, False)
-    assert found.reason == "other rows than gold"
+    assert found.reason == "wrong rows"
 
 
 def test_a_broken_context_makes_the_prediction_invalid_and_keeps_the_match_of_its_text():
