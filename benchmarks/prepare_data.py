@@ -40,11 +40,14 @@ def main() -> None:
         def lap(name: str) -> None:
             times[name] = time.monotonic() - begin - sum(times.values())
 
-        rows = dataset.read(dataset.resolve(str(path), base_is_hub=False), seed=42)
+        columns = dataset.Columns(*dataset.COLUMNS, database="")
+        rows = dataset.read_file(path, columns=columns, parameter="dataset")
         lap("read")
         parts = splits.split(rows, by="schema", test_size=0.2, seed=42)
         lap("split")
-        prepared = preparation.prepare(parts, tokenizer=tokenizer, template=PROMPT_TEMPLATE, max_length=512)
+        prepared = preparation.prepare(
+            parts, tokenizer=tokenizer, template=PROMPT_TEMPLATE, style="plain", max_length=512
+        )
         lap("check and tokenize")
         prepared.splits.save_to_disk(Path(folder) / "dataset")
         lap("save")

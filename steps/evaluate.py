@@ -2,15 +2,30 @@
 
 from pathlib import Path
 
-import datasets
 import mlflow
 import pandas
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from steps.text2sql import evaluation, manifest, scoring, tracking
+from steps.text2sql import (
+    assessments,
+    dataset,
+    evaluation,
+    figures,
+    manifest,
+    packaging,
+    report,
+    scored_rows,
+    scoring,
+    slices,
+    tracking,
+)
+from steps.text2sql.device import free_memory_bytes
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import EvaluateParams
+from steps.text2sql.manifest import DatasetManifest
+from steps.text2sql.params import Auto, EvaluateParams
 from steps.text2sql.sql_model import BaseModelError, SQLModel
 
 # The adapter is off for the second one; its metrics and columns begin with its prefix.
@@ -20,33 +35,52 @@ TUNED, BASE = "", scoring.BASE_PREFIX
 def main(params: EvaluateParams) -> None:
     """Answer and score test rows with and without the adapter; log metrics and predictions."""
     version = find_version(params.model_uri)
-    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
-        test = datasets.load_from_disk(folder, keep_in_memory=True)["test"].to_pandas()
-        rows = evaluation.choose_rows(test, params.eval_rows)
-        answers = generate(load(version), rows, batch_size=params.eval_batch_size)
+    uri, source = f"models:/{version.name}/{version.version}", f"model_uri={params.model_uri}"
+    with (
+        tracking.downloaded(uri, parameter="model_uri", needs=packaging.MLMODEL_FILE_NAME) as package,
+        tracking.logged_folder(tracking.ROWS) as folder,
+    ):
+        described = packaging.read_manifest(package, source=source)
+        rows = gather(params, described.of_dataset, folder)
+        answers = generate(packaging.load(package, source=source), rows, batch_size=params.eval_batch_size)
         verdicts = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
-    report(version, rows, answers, verdicts)
+        model_id = packaging.model_id(package)
+    keep(version, model_id, rows, answers, verdicts)
 
 
 def find_version(model_uri: str) -> ModelVersion:
     """The registered version behind `models:/name/version` or `models:/name@alias`."""
     name, _, alias = model_uri.removeprefix("models:/").partition("@")
     if not alias:
-        return tracking.model_version(*name.split("/"))
+        try:
+            return tracking.model_version(*name.split("/"))
+        except UserError as error:
+            raise UserError(f"model_uri={model_uri}: {error}") from error
     try:
         return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
     except MlflowException as error:
         raise UserError(f"model_uri={model_uri}: {error.message}") from error
 
 
-def load(version: ModelVersion) -> SQLModel:
-    """The package as it is registered, not a model left over in memory."""
-    return mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}").unwrap_python_model()
+def gather(params: EvaluateParams, trained_on: DatasetManifest, folder: Path) -> pandas.DataFrame:
+    """The rows to score, written into a folder with their databases."""
+
+    def keep(candidates: pandas.DataFrame) -> pandas.DataFrame:
+        chosen = scored_rows.choose(candidates, params.eval_rows)
+        return scored_rows.write(chosen, folder, seed=trained_on.seed)
+
+    if params.dataset:
+        return keep(scored_rows.of_dataset(dataset.resolve(params.dataset, base_is_hub=False), trained_on))
+    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as prepared:
+        return keep(scored_rows.of_prepared(prepared, source=f"dataset_uri={params.dataset_uri}"))
 
 
-def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int) -> dict[str, list]:
+def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int | Auto) -> dict[str, list]:
     """Answers of the tuned model and of its base, with the same budget of new tokens."""
     budget = evaluation.token_budget(model.tokenizer, rows["answer"])
+    if batch_size == "auto":
+        batch_size = evaluation.find_batch_size(model, rows, max_new_tokens=budget, free=free_memory_bytes())
+        tracking.log_choices(eval_batch_size=f"{batch_size} rows (auto: by free memory)")
     mlflow.log_param("max_new_tokens", budget)
     return {
         prefix: evaluation.answer(
@@ -66,24 +100,70 @@ def score(
     }
 
 
-def report(
-    version: ModelVersion, rows: pandas.DataFrame, answers: dict[str, list], verdicts: dict[str, list]
+def keep(
+    version: ModelVersion,
+    model_id: str,
+    rows: pandas.DataFrame,
+    answers: dict[str, list],
+    verdicts: dict[str, list],
 ) -> None:
-    """Log metrics and the table of predictions, and link version and run to each other."""
-    metrics = scoring.metrics(verdicts[TUNED]) | scoring.metrics(verdicts[BASE], prefix=BASE)
-    mlflow.log_metrics(metrics | {"evaluated_rows": len(rows)})
-    mlflow.log_table(evaluation.predictions(rows, answers, verdicts), tracking.PREDICTIONS)
+    """Log all that there is to read, and link version and run to each other."""
+    metrics = evaluation.metrics(verdicts)
+    predictions = evaluation.predictions(rows, answers, verdicts)
+    headline = scoring.headline(metrics)
+    right = {prefix: predictions[f"{prefix}{headline}"] for prefix in (TUNED, BASE)}
+    by_slice = slices.table(predictions["gold"], right)
+    log_metrics(model_id, rows, metrics | slices.metrics(by_slice, metric=headline, prefixes=(TUNED, BASE)))
+    link(version, rows, {headline: scoring.summary(metrics, headline)})
+    show(version, metrics, predictions, by_slice, headline)
+    assessments.log(predictions, model_id=model_id)
+    print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
+
+
+def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]) -> None:
+    """Log metrics with the model and the rows that they belong to: they show on the version's page too."""
+    # MLflow knows no kind of source for an artifact of a run.
+    source = CodeDatasetSource({"artifact": tracking.artifact_uri(f"{tracking.ROWS}/{tracking.ROWS_FILE}")})
+    of_rows = mlflow.data.from_pandas(
+        rows, source=source, targets="answer", name="evaluated_rows", digest=scored_rows.digest(rows)[:36]
+    )
+    mlflow.log_input(of_rows, context="evaluation", model=LoggedModelInput(model_id))
+    mlflow.log_metrics(metrics, model_id=model_id, dataset=of_rows)
+
+
+def link(version: ModelVersion, rows: pandas.DataFrame, scores: dict[str, str]) -> None:
+    """Name version and run in each other; scores become tags of the version, whose page has no metrics."""
     mlflow.set_tags(
         {
             tracking.TAG_MODEL_NAME: version.name,
             tracking.TAG_MODEL_VERSION: version.version,
-            tracking.TAG_EVALUATED_ROWS: evaluation.rows_digest(rows),
+            tracking.TAG_EVALUATED_ROWS: scored_rows.digest(rows),
         }
     )
-    mlflow.MlflowClient().set_model_version_tag(
-        version.name, version.version, tracking.TAG_EVALUATION_RUN, tracking.run_id()
+    for name, value in (scores | {tracking.TAG_EVALUATION_RUN: tracking.run_id()}).items():
+        mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
+
+
+def show(
+    version: ModelVersion,
+    metrics: dict[str, float],
+    predictions: pandas.DataFrame,
+    by_slice: pandas.DataFrame,
+    headline: str,
+) -> None:
+    """Log what a person looks at: the tables, the picture of the slices, and the page."""
+    picture = figures.slice_accuracy(by_slice, base_prefix=BASE, metric=headline)
+    page = report.render(
+        f"{version.name} version {version.version}",
+        metrics=metrics,
+        predictions=predictions,
+        picture=picture,
+        headline=headline,
     )
-    print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
+    mlflow.log_table(predictions, tracking.PREDICTIONS)
+    mlflow.log_table(by_slice, tracking.SLICES)
+    mlflow.log_figure(picture, tracking.SLICES_PICTURE)
+    mlflow.log_text(page, tracking.REPORT)
 
 
 if __name__ == "__main__":

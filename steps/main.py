@@ -97,7 +97,7 @@ def start_step(step: str, values: dict[str, str], fingerprint: str) -> Run:
 
 def finish(prepared: Run, evaluated: Run, *, name: str, version: str, gate: str) -> None:
     """Log what there is to compare on the parent run, and show the closing screen."""
-    mlflow.log_metrics(evaluated.data.metrics)
+    mlflow.log_metrics({name: value for name, value in evaluated.data.metrics.items() if "/" not in name})
     mlflow.set_tags({tracking.TAG_MODEL_NAME: name, tracking.TAG_MODEL_VERSION: version})
     aliases = mlflow.MlflowClient().get_model_version(name, version).aliases
     print(

@@ -1,33 +1,55 @@
 """Resolve base model and dataset; check, split and tokenize the rows."""
 
+from pathlib import Path
+
 import datasets
 import mlflow
 import pandas
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
+from transformers import PreTrainedTokenizerFast
 
-from steps.text2sql import base_model, dataset, figures, manifest, preparation, splits, tracking
+from steps.text2sql import (
+    base_model,
+    databases,
+    dataset,
+    figures,
+    manifest,
+    preparation,
+    prompt_template,
+    splits,
+    tracking,
+)
 from steps.text2sql.device import describe_device
+from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import DatasetManifest
 from steps.text2sql.params import PrepareDataParams
 from steps.text2sql.sql_model import PROMPT_TEMPLATE, BaseModelError, load_base_tokenizer
 from steps.text2sql.tokenization import fingerprint
 
+OVERLAPS = (("validation", "train"), ("validation", "test"), ("test", "train"))
+
 
 def main(params: PrepareDataParams) -> None:
     """Prepare the dataset and log it with its manifest."""
     base = base_model.resolve(params.base_model)
-    source = dataset.resolve(params.dataset, base_is_hub=base.is_hub)
+    source = dataset.resolve(
+        params.dataset, base_is_hub=base.is_hub, config=params.dataset_config, split=params.dataset_split
+    )
     announce(base, source)
     if tracking.is_chained():  # this machine trains next; nf4 is the least that can need
         base_model.check_memory(base.reference, "nf4")
-    rows = dataset.read(source, seed=params.seed)
-    parts = splits.split(rows, by=params.split_by, test_size=params.test_size, seed=params.seed)
     tokenizer = load_base_tokenizer(base.reference)
+    template = prompt(params, tokenizer, base.reference)
+    given = read(source, params)
+    parts = split(given, params)
     prepared = preparation.prepare(
-        parts, tokenizer=tokenizer, template=PROMPT_TEMPLATE, max_length=params.max_length
+        parts,
+        tokenizer=tokenizer,
+        template=template,
+        style=params.prompt_style,
+        max_length=params.max_length,
     )
-    counts = preparation.counts(parts, prepared)
     described = DatasetManifest(
         base_model=base.reference,
         base_commit=base.commit,
@@ -35,19 +57,74 @@ def main(params: PrepareDataParams) -> None:
         dataset=source.name,
         dataset_source=source.location,
         dataset_commit=source.commit,
-        dataset_digest=dataset.digest(rows),
+        dataset_config=source.config,
+        dataset_split=source.split,
+        dataset_digest=dataset.digest(pandas.concat(given.values())),
         tokenizer_fingerprint=fingerprint(tokenizer),
-        prompt_template=PROMPT_TEMPLATE,
+        prompt_template=template,
+        prompt_style=params.prompt_style,
         max_length=params.max_length,
         split_by=params.split_by,
         test_size=params.test_size,
         seed=params.seed,
-        counts=counts,
+        counts=preparation.counts(parts, prepared) | overlaps(given, parts),
     )
-    save(prepared, described)
-    mlflow.log_metrics(counts)
+    save(prepared, described, source)
     show(prepared, source, described)
-    print("  rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in prepared.splits.items()))
+
+
+def prompt(params: PrepareDataParams, tokenizer: PreTrainedTokenizerFast, reference: str) -> str:
+    """The prompt template: the default or the user's, in the model's chat form where that is asked for."""
+    template = PROMPT_TEMPLATE
+    if params.prompt_template != "default":
+        template = prompt_template.read(Path(params.prompt_template))
+    if params.prompt_style == "chat":
+        template = prompt_template.as_chat(template, tokenizer, base_model=reference)
+    mlflow.log_text(template, tracking.PROMPT)
+    return template
+
+
+def read(source: dataset.DatasetSource, params: PrepareDataParams) -> dict[str, pandas.DataFrame]:
+    """The user's rows: those to split under `train`, and their own `validation` or `test`."""
+    columns = dataset.Columns(
+        params.question_column, params.context_column, params.answer_column, params.database_column
+    )
+    given = dataset.read(source, columns=columns, seed=params.seed)
+    if params.validation_dataset:
+        if "validation" in given:
+            raise UserError(
+                f"validation_dataset={params.validation_dataset}: dataset={source.location} has a validation "
+                "file of its own; give one of them."
+            )
+        given["validation"] = dataset.read_file(
+            Path(params.validation_dataset),
+            columns=columns._replace(database=""),
+            parameter="validation_dataset",
+        )
+    return given
+
+
+def split(given: dict[str, pandas.DataFrame], params: PrepareDataParams) -> dict[str, pandas.DataFrame]:
+    """Train, validation and test, whose test rows can be scored as the parameters promise."""
+    own = {name: rows for name, rows in given.items() if name != "train"}
+    parts = splits.split(
+        given["train"], by=params.split_by, test_size=params.test_size, seed=params.seed, given=own
+    )
+    if params.database_column:
+        databases.check_test_rows(parts["test"])
+    return parts
+
+
+def overlaps(given: dict[str, pandas.DataFrame], parts: dict[str, pandas.DataFrame]) -> dict[str, int]:
+    """Say which rows of the user's own validation and test are in other splits too; as names of metrics."""
+    found = {}
+    for name, other in OVERLAPS:
+        if name in given:
+            found[f"overlap_{name}_{other}"] = splits.shared_rows(parts[name], parts[other])
+            print(
+                f"  {found[f'overlap_{name}_{other}']} of {len(parts[name])} {name} rows are in {other} too"
+            )
+    return found
 
 
 def announce(base: base_model.BaseModel, source: dataset.DatasetSource) -> None:
@@ -60,14 +137,19 @@ def announce(base: base_model.BaseModel, source: dataset.DatasetSource) -> None:
     )
 
 
-def save(prepared: preparation.Prepared, described: DatasetManifest) -> None:
+def save(prepared: preparation.Prepared, described: DatasetManifest, source: dataset.DatasetSource) -> None:
     """Log the artifact `dataset/`, and the rejected rows beside it."""
     with tracking.logged_folder(tracking.DATASET) as folder:
-        test = preparation.write_databases(prepared.splits["test"], folder, seed=described.seed)
+        test = prepared.splits["test"]
+        if source.kind == "sample":
+            test = databases.build(test, folder, seed=described.seed)
+        else:
+            test = databases.copy(test, folder)
         datasets.DatasetDict({**prepared.splits, "test": test}).save_to_disk(folder)
         manifest.write(described, folder)
     lines = prepared.rejected.to_json(orient="records", lines=True, force_ascii=True)
     mlflow.log_text(lines, tracking.REJECTED)
+    mlflow.log_metrics(described.counts)
 
 
 def show(prepared: preparation.Prepared, source: dataset.DatasetSource, described: DatasetManifest) -> None:
@@ -79,12 +161,15 @@ def show(prepared: preparation.Prepared, source: dataset.DatasetSource, describe
         figures.token_lengths(prepared.lengths, max_length=described.max_length), "token_lengths.png"
     )
     mlflow.log_metric("mean_tokens", float(prepared.lengths.mean()))
+    print("  rows: " + ", ".join(f"{len(rows)} {name}" for name, rows in prepared.splits.items()))
 
 
 def log_dataset(rows: pandas.DataFrame, source: dataset.DatasetSource, digest: str) -> None:
     """Log the rows as the run's dataset; MLflow keeps the first 36 characters of the digest."""
     origins = {
-        "hub": lambda: HuggingFaceDatasetSource(source.location, revision=source.commit),
+        "hub": lambda: HuggingFaceDatasetSource(
+            source.location, config_name=source.config or None, split=source.split, revision=source.commit
+        ),
         "file": lambda: source.location,
         "sample": lambda: CodeDatasetSource({"module": source.location, "commit": tracking.git_commit()}),
     }

@@ -1,81 +1,108 @@
 """Make a model version the champion: by its scores, or by hand."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
-from steps.text2sql import tracking
-from steps.text2sql.errors import UserError
-from steps.text2sql.gate import Decision, Evaluation, decide
+from steps.text2sql import evaluation_run, gate, promotion_lock, promotions, tracking, training_rows
+from steps.text2sql.gate import Decision, Evaluation, Row
 from steps.text2sql.params import PromoteParams
+
+Judge = Callable[[ModelVersion | None], Decision]
 
 
 def main(params: PromoteParams) -> None:
     """Decide, move the alias or leave it, and keep the reason."""
     version = tracking.model_version(params.registered_model_name, params.version)
-    champion = current_champion(params.registered_model_name)
+    judge: Judge = by_hand
     if params.evaluation_run_id:
-        decision = judge(params, champion)
-    else:
-        decision = Decision(True, "moved by hand, without the gate")
-    if decision.promote:
-        mlflow.MlflowClient().set_registered_model_alias(version.name, tracking.CHAMPION, version.version)
-    keep(decision, version, replaced=champion)
+        judge = partial(by_scores, params, version, evaluation_run.read(params.evaluation_run_id, version))
+    champion = promotions.champion(version.name)
+    decision = decide(judge, version, champion)
+    # Judging can take long. If another promotion came first, this one is judged against the new champion.
+    while not settle(decision, version, champion):
+        champion = promotions.champion(version.name)
+        decision = decide(judge, version, champion)
+    show(decision, version)
 
 
-def current_champion(name: str) -> ModelVersion | None:
-    """The version that has the alias now."""
-    aliases = mlflow.MlflowClient().get_registered_model(name).aliases
-    return tracking.model_version(name, aliases[tracking.CHAMPION]) if tracking.CHAMPION in aliases else None
-
-
-def judge(params: PromoteParams, champion: ModelVersion | None) -> Decision:
-    """Decide by the version's evaluation and the champion's newest one."""
-    candidate = evaluation(
-        "evaluation_run_id", params.evaluation_run_id, params.registered_model_name, params.version
-    )
-    if champion is None:
-        return decide(candidate, None, floor=params.min_execution_accuracy)
-    if str(champion.version) == str(params.version):
+def decide(judge: Judge, version: ModelVersion, champion: ModelVersion | None) -> Decision:
+    """What to do with a version while that one is champion, if any is."""
+    if promotions.number_of(champion) == promotions.number_of(version):
         return Decision(True, "is the champion already")
-    scored = champion.tags.get(tracking.TAG_EVALUATION_RUN)
-    if not scored:
-        return Decision(
-            False, f"the champion, version {champion.version}, has no evaluation; evaluate it first"
-        )
-    return decide(
-        candidate,
-        evaluation("evaluation run of the champion", scored, champion.name, champion.version),
-        floor=params.min_execution_accuracy,
-    )
+    decision = judge(champion)
+    against = {"champion_version": promotions.number_of(champion)} if champion else {}
+    return replace(decision, numbers={**decision.numbers, **against})
 
 
-def evaluation(what: str, run_id: str, name: str, version: int | str) -> Evaluation:
-    """Read an evaluate run, which must be of that very version."""
-    try:
-        data = mlflow.get_run(run_id).data
-    except MlflowException as error:
-        raise UserError(f"{what}={run_id}: {error.message}") from error
-    found = (data.tags.get(tracking.TAG_MODEL_NAME), data.tags.get(tracking.TAG_MODEL_VERSION))
-    if found != (name, str(version)):
-        raise UserError(
-            f"{what}={run_id}: is no evaluation of {name} version {version}; run: "
-            f"mlflow run . -e evaluate -P model_uri=models:/{name}/{version} -P dataset_uri=…"
-        )
-    return Evaluation(data.metrics, data.tags.get(tracking.TAG_EVALUATED_ROWS, ""))
+def by_hand(_: ModelVersion | None) -> Decision:
+    """The way back: whatever the user says."""
+    return Decision(True, "moved by hand, without the gate")
 
 
-def keep(decision: Decision, version: ModelVersion, *, replaced: ModelVersion | None) -> None:
-    """Keep decision and reason as tags of the version and the run, and say them."""
-    said = {
-        tracking.TAG_PROMOTED: "yes" if decision.promote else "no",
-        tracking.TAG_GATE_REASON: decision.reason,
-    }
-    if decision.promote and replaced and replaced.version != version.version:
-        said[tracking.TAG_REPLACED] = replaced.version
-    for name, value in said.items():
-        mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
-    mlflow.set_tags(said)
+def by_scores(
+    params: PromoteParams, version: ModelVersion, candidate: Evaluation, champion: ModelVersion | None
+) -> Decision:
+    """The gate, without the rows that one of the models was trained on."""
+    seen = {row for model in filter(None, (version, champion)) for row in trained_on(model, candidate)}
+    floor = params.min_execution_accuracy
+    decision = gate.decide_alone(candidate, seen=seen, floor=floor, is_first=champion is None)
+    if champion is None or not decision.promote:
+        return decision
+    known = evaluation_run.same_rows(champion, params.evaluation_run_id, candidate)
+    of_champion = known or score_again(champion, params.evaluation_run_id)
+    return gate.decide(candidate, of_champion, seen=seen, floor=floor, alpha=params.gate_alpha)
+
+
+def trained_on(version: ModelVersion, evaluation: Evaluation) -> set[Row]:
+    """Rows of an evaluation that a version was trained on; none for one that does not say."""
+    uri = f"models:/{version.name}/{version.version}"
+    if tracking.TRAINING_ROWS not in {found.path for found in mlflow.artifacts.list_artifacts(uri)}:
+        print(f"  {uri} does not say which rows it was trained on: none are left out for it.")
+        return set()
+    with tracking.downloaded(
+        f"{uri}/{tracking.TRAINING_ROWS}", parameter="version", needs=training_rows.FILE
+    ) as folder:
+        hashes = training_rows.read(folder)
+    return {row for row in evaluation.tuned if training_rows.row_hash(*row[:2]) in hashes}
+
+
+def score_again(champion: ModelVersion, run_id: str) -> Evaluation:
+    """Score the champion on the very rows of an evaluate run, as a child of this run."""
+    uri = f"runs:/{run_id}/{tracking.ROWS}"
+    with tracking.downloaded(uri, parameter="evaluation_run_id", needs=tracking.ROWS_FILE) as folder:
+        file = folder / tracking.ROWS_FILE
+        values = evaluation_run.settings(run_id) | {
+            "model_uri": f"models:/{champion.name}/{champion.version}",
+            "dataset": str(file),
+            "eval_rows": str(len(file.read_text(encoding="utf-8").splitlines())),
+        }
+        print(f"\n  The champion, version {champion.version}, is scored on the same rows.\n", flush=True)
+        child = tracking.run_child("evaluate", values)
+    return evaluation_run.read(child.info.run_id, champion)
+
+
+def settle(decision: Decision, version: ModelVersion, champion: ModelVersion | None) -> bool:
+    """Carry a decision out; False if the champion is no longer the one that it was taken against."""
+    if promotions.number_of(champion) == promotions.number_of(version):
+        return True
+    if decision.promote:
+        with promotion_lock.held(version.name, run_id=tracking.run_id()) as lock:
+            now = promotions.champion(version.name)
+            if promotions.number_of(now) != promotions.number_of(champion):
+                return False
+            lock.check()
+            promotions.promote(version, replaced=champion, reason=decision.reason)
+    promotions.keep(decision, version)
+    return True
+
+
+def show(decision: Decision, version: ModelVersion) -> None:
+    """Say the decision, and keep it on the run."""
+    mlflow.set_tags(promotions.as_tags(decision))
     verb = "is champion" if decision.promote else "is not promoted"
     print(f"\n  {version.name} version {version.version} {verb}: {decision.reason}\n")
 

@@ -1,9 +1,14 @@
 """Package an adapter as a model that carries its prompt template, and register it as challenger."""
 
+import tempfile
+from itertools import chain
+from pathlib import Path
+
+import datasets
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import adapter, manifest, packaging, tracking
+from steps.text2sql import adapter, manifest, model_card, packaging, prompt_registry, tracking, training_rows
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
@@ -14,12 +19,22 @@ def main(params: RegisterParams) -> None:
     """Log the package, try it in a fresh process, register it."""
     with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
         of_dataset = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
+        seen = hashes_of_training(folder)
     with tracking.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
         described = manifest.read(AdapterManifest, folder, source=f"adapter_uri={params.adapter_uri}")
         check_match(described, of_dataset, params)
-        logged = packaging.log_model(folder, described, name=tracking.MODEL)
+        card = model_card.render(described, adapter.settings(folder), name=params.registered_model_name)
+        logged = packaging.log_model(folder, described, name=tracking.MODEL, card=card)
+    log_training_rows(logged.model_id, seen)
     answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
-    version = register(logged.model_uri, described, params)
+    prompt = prompt_registry.publish(
+        of_dataset.prompt_template,
+        style=of_dataset.prompt_style,
+        model_name=params.registered_model_name,
+        model_id=logged.model_id,
+        run_id=tracking.run_id(),
+    )
+    version = register(logged.model_uri, described, params, card=card, prompt=prompt)
     print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
 
 
@@ -36,19 +51,38 @@ def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params:
             )
 
 
-def register(model_uri: str, described: AdapterManifest, params: RegisterParams) -> ModelVersion:
-    """Register a logged model that works, with its origin as tags, as challenger."""
+def hashes_of_training(dataset: Path) -> list[str]:
+    """Hashes of the rows that training reads, also of those that it only validates with."""
+    splits = datasets.load_from_disk(dataset)
+    parts = [splits[name].select_columns(["question", "context"])[:] for name in ("train", "validation")]
+    rows = (zip(part["question"], part["context"], strict=True) for part in parts)
+    return training_rows.hashes(chain.from_iterable(rows))
+
+
+def log_training_rows(model_id: str, hashes: list[str]) -> None:
+    """Let the package say which rows it has seen, so that it is never judged by them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        training_rows.write(hashes, Path(scratch))
+        mlflow.MlflowClient().log_model_artifacts(model_id, scratch, tracking.TRAINING_ROWS)
+
+
+def register(
+    model_uri: str, described: AdapterManifest, params: RegisterParams, *, card: str, prompt: str
+) -> ModelVersion:
+    """Register a logged model that works, with its card and its origin as tags, as challenger."""
     source = described.of_dataset
     tags = {
         "base_model": source.base_model,
         "base_commit": source.base_commit,
         "quantization": described.quantization,
+        "prompt": prompt,
         "dataset": source.dataset,
         "dataset_digest": source.dataset_digest,
         "git_commit": tracking.git_commit(),
         "global_step": str(described.global_step),
     }
     version = tracking.register_version(model_uri, params.registered_model_name, tags)
+    mlflow.MlflowClient().update_model_version(version.name, version.version, description=card)
     tracking.point_to_newest(version.name, tracking.CHALLENGER)
     mlflow.set_tags({tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version})
     return version

@@ -6,14 +6,23 @@ from pathlib import Path
 
 import datasets
 import mlflow
-import torch
 import transformers
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
-from steps.text2sql import adapter, base_model, figures, manifest, resume, screen, tracking, training
+from steps.text2sql import (
+    adapter,
+    base_model,
+    figures,
+    manifest,
+    memory_plan,
+    resume,
+    screen,
+    tracking,
+    training,
+)
 from steps.text2sql.checkpoints import Checkpoints
-from steps.text2sql.device import describe_device
+from steps.text2sql.device import describe_device, operations_per_second
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.outputs import Outputs
@@ -40,9 +49,10 @@ def main(params: TrainParams) -> None:
     base_model.check_memory(described.base_model, params.quantization)
     tokenizer = load_tokenizer(described, params.dataset_uri)
     transformers.set_seed(params.seed)
-    model = load_model(params, described)
-    settings = trainer_settings(params, model, rows=len(data["train"]))
+    model, plan = load_model(params, described, data)
+    settings = trainer_settings(params, model, plan, rows=len(data["train"]))
     tracking.log_settings("trainer", settings.to_dict())
+    speed = speed_settings(params, model, data, settings)
 
     with Outputs(
         model,
@@ -51,20 +61,25 @@ def main(params: TrainParams) -> None:
         recipe=recipe(params, settings, described),
         keep=params.keep_checkpoints,
     ) as outputs:
-        fit(params, settings, outputs, data)
+        fit(params, settings, outputs, data, plan, speed)
     if params.resume_from:  # what it left on this machine is not needed any more
         shutil.rmtree(run_folder(params.resume_from), ignore_errors=True)
 
 
 def fit(
-    params: TrainParams, settings: TrainingArguments, outputs: Outputs, data: datasets.DatasetDict
+    params: TrainParams,
+    settings: TrainingArguments,
+    outputs: Outputs,
+    data: datasets.DatasetDict,
+    plan: memory_plan.Plan,
+    speed: dict[str, float],
 ) -> None:
     """Train from the start or from a checkpoint, and keep adapter and curves.
 
     Raises:
         tracking.Interrupted: a signal came; there is a checkpoint of the last step.
     """
-    reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size)
+    reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size, **speed)
     with resume.checkpoint(params.resume_from, outputs.recipe) as resume_from:
         checkpoints = Checkpoints(
             outputs.save_checkpoint, save_steps=params.save_steps, resume_from=resume_from
@@ -72,9 +87,10 @@ def fit(
         with checkpoints.listening():
             mean_loss = training.train(
                 outputs.model,
-                outputs.tokenizer,
                 data,
                 settings=settings,
+                plan=plan,
+                replay=pick_device()[0] == "cuda" and not params.lora_dropout,
                 callbacks=[reporter],
                 checkpoints=checkpoints,
             )
@@ -97,15 +113,19 @@ def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTo
     return tokenizer
 
 
-def load_model(params: TrainParams, described: DatasetManifest) -> PeftModel:
-    """Quantized base with a new adapter; its settings and the number of parameters are logged."""
+def load_model(
+    params: TrainParams, described: DatasetManifest, data: datasets.DatasetDict
+) -> tuple[PeftModel, memory_plan.Plan]:
+    """Quantized base with a new adapter, and the plan for its memory; settings and numbers are logged."""
+    base = load_base(described.base_model, params.quantization)
     lora = adapter.lora_config(
         r=params.lora_r,
         alpha=params.lora_alpha,
         dropout=params.lora_dropout,
         target_modules=params.target_modules,
     )
-    model = adapter.attach(load_base(described.base_model, params.quantization), lora)
+    plan = plan_memory(params, base, data, adapter.size(base, lora))
+    model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
     quantization = quantization_config(params.quantization, pick_device()[1])
     tracking.log_settings("lora", model.peft_config["default"].to_dict())
     tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
@@ -118,15 +138,55 @@ def load_model(params: TrainParams, described: DatasetManifest) -> PeftModel:
     mlflow.log_metrics(
         {"trainable_parameters": count.trainable, "all_parameters": count.all, "trainable_share": count.share}
     )
-    return model
+    return model, plan
 
 
-def trainer_settings(params: TrainParams, model: PeftModel, *, rows: int) -> TrainingArguments:
+def plan_memory(
+    params: TrainParams, base: PreTrainedModel, data: datasets.DatasetDict, trainable: int
+) -> memory_plan.Plan:
+    """How to use the memory that is free with the base loaded; says so."""
+    device, dtype = pick_device()
+    step_tokens = training.mean_tokens(data["train"]) * params.batch_size
+    plan = memory_plan.make(
+        memory_plan.Shape.of(base.config, dtype),
+        device=device,
+        free=memory_plan.free_bytes(device),
+        trainable=trainable,
+        four_bit=memory_plan.four_bit_parameters(base),
+        longest=training.longest_row(data),
+        step_tokens=int(step_tokens),
+        gradient_checkpointing=params.gradient_checkpointing,
+        micro_batch_tokens=params.micro_batch_tokens,
+    )
+    tracking.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
+    return plan
+
+
+def speed_settings(
+    params: TrainParams, model: PeftModel, data: datasets.DatasetDict, settings: TrainingArguments
+) -> dict[str, float]:
+    """Compile the layers where that pays; what Reporter measures speed by comes back."""
+    count = adapter.count_parameters(model)
+    speed = {
+        "frozen_parameters": count.all - count.trainable,
+        "operations_per_second": operations_per_second(),
+    }
+    tokens = training.mean_tokens(data["train"]) * params.batch_size * settings.max_steps
+    pays = pick_device()[0] == "cuda" and training.compiling_pays(tokens=tokens, **speed)
+    chosen = {"auto": "yes" if pays else "no"}.get(params.torch_compile, params.torch_compile)
+    if chosen == "yes":
+        training.compile_layers(model)
+    tracking.log_choices(torch_compile=chosen)
+    return speed
+
+
+def trainer_settings(
+    params: TrainParams, model: PeftModel, plan: memory_plan.Plan, *, rows: int
+) -> TrainingArguments:
     """Every setting of the Trainer, with `auto` resolved by the device and the size of the base."""
     device, _ = pick_device()
     count = adapter.count_parameters(model)
     frozen = count.all - count.trainable
-    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0
     steps = training.total_steps(
         rows=rows,
         batch_size=params.batch_size,
@@ -137,7 +197,6 @@ def trainer_settings(params: TrainParams, model: PeftModel, *, rows: int) -> Tra
         "learning_rate": training.learning_rate(frozen),
         "warmup_steps": steps // 20,
         "optim": training.optimizer(device),
-        "gradient_checkpointing": "yes" if training.recompute_activations(device, frozen, memory) else "no",
     }
     chosen = {
         name: found if getattr(params, name) == "auto" else getattr(params, name)
@@ -148,7 +207,8 @@ def trainer_settings(params: TrainParams, model: PeftModel, *, rows: int) -> Tra
         Path(tempfile.gettempdir()),
         steps=steps,
         batch_size=params.batch_size,
-        recompute=chosen.pop("gradient_checkpointing") == "yes",
+        recompute=plan.recompute,
+        has_dropout=params.lora_dropout > 0,
         **chosen,
         lr_scheduler_type=params.lr_scheduler_type,
         weight_decay=params.weight_decay,

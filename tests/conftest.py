@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steps import evaluate, prepare_data, promote, register, train
+from steps import evaluate, export, prepare_data, promote, register, train
 from steps.text2sql import params, sample_data, tracking
 from steps.text2sql.sql_model import BaseModelError
 
@@ -28,10 +28,17 @@ STEPS = {
     "register": register,
     "evaluate": evaluate,
     "promote": promote,
+    "export": export,
 }
 # The tiny base's matrices are so small that a second thread only waits: 50 times slower on shared cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+# Turns as ChatML writes them, with a system turn of its own, as several instruct models have.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # Small enough for seconds on one core, large enough that a loss can fall.
 QUICK = {"max_steps": 6, "batch_size": 4, "lora_r": 4, "lora_alpha": 8, "logging_steps": 1, "save_steps": 2}
 
@@ -54,7 +61,7 @@ def call_step(step: str, **values: object) -> Run:
     """
     argv, sys.argv = sys.argv, [step, *words(defaults(step) | values)]
     try:
-        tracking.run_step(params.CHAIN[step], STEPS[step].main, user_errors=(BaseModelError,))
+        tracking.run_step(params.STEPS[step], STEPS[step].main, user_errors=(BaseModelError,))
     finally:
         sys.argv = argv
     return mlflow.get_run(mlflow.last_active_run().info.run_id)
@@ -135,6 +142,14 @@ def tiny_tokenizer(vocab_size: int = 600) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with the control tokens and the chat template of an instruct model."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -11,13 +11,14 @@ import pandas
 import pytest
 import torch
 import yaml
+from datasets import load_from_disk
 from mlflow.artifacts import download_artifacts, load_dict, load_text
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from steps.text2sql import adapter, sql_model, training
-from tests.conftest import PROJECT, QUICK, call_step, failure
+from steps.text2sql import adapter, sql_model, training, training_rows
+from tests.conftest import PROJECT, QUICK, call_step
 
 EVALUATION_METRICS = {"exact_match", "exact_match_case", "valid_sql", "execution_accuracy", "stopped"}
 QUESTIONS = [
@@ -126,7 +127,8 @@ def test_every_step_ends_finished_and_version_1_is_challenger_and_champion(chain
 def test_prepare_data_logs_dataset_rejected_rows_examples_and_a_histogram(chain):
     found = set(artifacts(chain.prepare_data))
     splits = {f"dataset/{name}/dataset_info.json" for name in ("train", "validation", "test")}
-    others = {"dataset/manifest.json", "rejected.jsonl", "examples.json", "token_lengths.png"}
+    others = {"dataset/manifest.json", "rejected.jsonl", "examples.json"}
+    others |= {"token_lengths.png", "prompt_template.txt"}
     assert splits | others <= found
     assert len(load_dict(of_artifact(chain.prepare_data, "examples.json"))["data"]) == 10
     assert load_text(of_artifact(chain.prepare_data, "rejected.jsonl")).strip() == ""
@@ -145,7 +147,10 @@ def test_the_manifest_says_what_was_resolved(chain, tiny_base):
         "dataset": "sample",
         "dataset_source": "steps.text2sql.sample_data",
         "dataset_commit": "",
+        "dataset_config": "",
+        "dataset_split": "",
         "prompt_template": sql_model.PROMPT_TEMPLATE,
+        "prompt_style": "plain",
         "max_length": 1024,
         "split_by": "schema",
         "test_size": 0.2,
@@ -188,7 +193,7 @@ def test_adapter_and_checkpoints_say_after_how_many_steps_they_were_saved(chain)
 def test_training_metrics_have_their_promised_names(chain):
     assert set(chain.train.data.metrics) == {
         *("train_loss", "train_loss_mean", "eval_loss", "learning_rate", "grad_norm"),
-        *("tokens_per_second", "samples_per_second", "peak_memory_gib"),
+        *("tokens_per_second", "samples_per_second", "mfu", "seconds_left", "peak_memory_gib"),
         *("trainable_parameters", "all_parameters", "trainable_share"),
     }
 
@@ -233,14 +238,15 @@ def test_all_settings_of_lora_and_quantization_are_logged(chain):
 
 
 def test_evaluate_logs_the_metrics_of_the_version_and_of_its_base(chain):
-    names = EVALUATION_METRICS | {f"base_{name}" for name in EVALUATION_METRICS} | {"evaluated_rows"}
-    assert set(chain.evaluate.data.metrics) == names
+    names = {f"{name}{end}" for name in EVALUATION_METRICS for end in ("", "_low", "_high")}
+    logged = {name for name in chain.evaluate.data.metrics if "/" not in name}
+    assert logged == names | {f"base_{name}" for name in names} | {"evaluated_rows"}
     assert chain.evaluate.data.metrics["evaluated_rows"] == 6
 
 
 def test_the_table_of_predictions_has_verdicts_of_the_version_and_of_its_base(chain):
     table = load_dict(of_artifact(chain.evaluate, "predictions.json"))
-    of_model = ["prediction", *EVALUATION_METRICS, "reason"]
+    of_model = ["prediction", *EVALUATION_METRICS, "reason", "detail"]
     expected = {"question", "context", "gold", *of_model, *(f"base_{name}" for name in of_model)}
     assert set(table["columns"]) == expected
     frame = pandas.DataFrame(**table)
@@ -261,10 +267,15 @@ def test_the_version_says_where_it_comes_from_and_why_it_was_promoted(chain, tin
     tags = dict(mlflow.MlflowClient().get_model_version("text2sql", "1").tags)
     manifest = load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
     assert tags.pop("gate_reason").startswith("first champion, execution_accuracy 0.")
+    score = chain.evaluate.data.metrics["execution_accuracy"]
+    assert tags.pop("execution_accuracy").startswith(f"{score:.4f} (")
+    numbers = {name: tags.pop(name) for name in list(tags) if name.startswith("gate_")}
+    assert (numbers["gate_rows"], numbers["gate_rows_left_out"]) == ("6", "0")
     assert tags == {
         "base_model": str(tiny_base),
         "base_commit": "",
         "quantization": "nf4",
+        "prompt": "prompts:/text2sql-prompt/1",
         "dataset": "sample",
         "dataset_digest": manifest["dataset_digest"],
         "git_commit": "",
@@ -289,6 +300,17 @@ def test_the_package_serves_the_very_file_that_training_used(package):
     assert (package / "sql_model.py").read_bytes() == Path(sql_model.__file__).read_bytes()
 
 
+def test_the_package_says_which_rows_it_was_trained_on_and_no_others(chain, package, tmp_path):
+    splits = load_from_disk(download_artifacts(chain.dataset_uri, dst_path=tmp_path))
+    hashes = {
+        name: {training_rows.row_hash(row["question"], row["context"]) for row in splits[name]}
+        for name in splits
+    }
+    known = training_rows.read(package / "training_rows")
+    assert known == hashes["train"] | hashes["validation"]
+    assert known & hashes["test"] == set()
+
+
 def test_the_package_carries_the_bases_licence(package):
     assert (package / "artifacts" / "BASE_MODEL_LICENSE").read_text() == "Licence of the tiny base\n"
 
@@ -302,6 +324,7 @@ def test_the_packages_metadata_has_template_base_and_dataset(chain, tiny_base):
     manifest = load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
     assert mlflow.models.get_model_info("models:/text2sql/1").metadata == {
         "prompt_template": sql_model.PROMPT_TEMPLATE,
+        "prompt_style": "plain",
         "base_model": str(tiny_base),
         "base_commit": "",
         "quantization": "nf4",
@@ -354,120 +377,3 @@ def test_the_same_seed_gives_the_same_adapter_bytes(chain, adapter_folder, tmp_p
     path = download_artifacts(f"runs:/{again.info.run_id}/adapter", dst_path=str(tmp_path))
     first, second = (Path(p) / "adapter_model.safetensors" for p in (adapter_folder, path))
     assert first.read_bytes() == second.read_bytes()
-
-
-# Promotion
-
-
-@pytest.fixture
-def versions(store):
-    """Registers empty versions with an evaluation each; ids of the evaluations come back, by version."""
-    client = mlflow.MlflowClient()
-    client.create_registered_model("text2sql")
-
-    def register(*scores, rows="rows"):
-        found = {}
-        for score in scores:
-            with mlflow.start_run() as run:
-                version = client.create_model_version("text2sql", f"runs:/{run.info.run_id}/model").version
-                mlflow.set_tags(
-                    {
-                        "registered_model_name": "text2sql",
-                        "model_version": str(version),
-                        "evaluated_rows_digest": rows,
-                    }
-                )
-                mlflow.log_metrics(
-                    {"exact_match": 0.5} | ({} if score is None else {"execution_accuracy": score})
-                )
-            client.set_model_version_tag("text2sql", version, "evaluation_run_id", run.info.run_id)
-            found[int(version)] = run.info.run_id
-        return found
-
-    return register
-
-
-def champion():
-    """Number of the champion, None where there is none."""
-    found = mlflow.MlflowClient().get_registered_model("text2sql").aliases.get("champion")
-    return None if found is None else int(found)
-
-
-def tags_of(version):
-    return mlflow.MlflowClient().get_model_version("text2sql", str(version)).tags
-
-
-@pytest.mark.parametrize("score", [0.4, 0.5])
-def test_a_version_that_is_not_better_leaves_the_champion_and_says_why(versions, score):
-    runs = versions(0.5, score)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    run = call_step("promote", version=2, evaluation_run_id=runs[2])
-    assert run.info.status == "FINISHED"
-    assert champion() == 1
-    reason = f"execution_accuracy {score:.4f} is not above the champion's 0.5000"
-    assert (tags_of(2)["promoted"], tags_of(2)["gate_reason"]) == ("no", reason)
-    assert (run.data.tags["promoted"], run.data.tags["gate_reason"]) == ("no", reason)
-
-
-def test_a_better_version_becomes_champion_and_names_the_one_it_replaced(versions):
-    runs = versions(0.5, 0.6)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    call_step("promote", version=2, evaluation_run_id=runs[2])
-    assert champion() == 2
-    assert tags_of(2)["gate_reason"] == "execution_accuracy 0.6000 is above the champion's 0.5000"
-    assert tags_of(2)["replaced_version"] == "1"
-    assert "replaced_version" not in tags_of(1)
-
-
-def test_a_version_is_promoted_by_hand_without_an_evaluation(versions):
-    runs = versions(0.5, 0.1)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    call_step("promote", version=2)
-    assert champion() == 2
-    assert tags_of(2)["gate_reason"] == "moved by hand, without the gate"
-
-
-def test_the_champion_promoted_again_stays_champion(versions):
-    runs = versions(0.5)
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    run = call_step("promote", version=1, evaluation_run_id=runs[1])
-    assert champion() == 1
-    assert run.data.tags["promoted"] == "yes"
-    assert tags_of(1)["promoted"] == "yes"
-
-
-def test_the_floor_holds_for_the_first_version_too(versions):
-    runs = versions(0.5)
-    run = call_step("promote", version=1, evaluation_run_id=runs[1], min_execution_accuracy=0.51)
-    assert run.info.status == "FINISHED"
-    assert champion() is None
-    assert tags_of(1)["gate_reason"] == "execution_accuracy 0.5000 is under min_execution_accuracy 0.5100"
-
-
-def test_a_version_at_the_floor_is_promoted(versions):
-    runs = versions(0.5)
-    call_step("promote", version=1, evaluation_run_id=runs[1], min_execution_accuracy=0.5)
-    assert champion() == 1
-
-
-def test_an_evaluation_without_execution_accuracy_promotes_nothing(versions):
-    runs = versions(None)
-    run = call_step("promote", version=1, evaluation_run_id=runs[1])
-    assert champion() is None
-    assert run.data.tags["gate_reason"] == "execution_accuracy is missing or NaN"
-
-
-def test_scores_on_other_rows_are_not_compared(versions):
-    runs = versions(0.5) | versions(0.9, rows="other rows")
-    call_step("promote", version=1, evaluation_run_id=runs[1])
-    run = call_step("promote", version=2, evaluation_run_id=runs[2])
-    assert champion() == 1
-    assert "other rows" in run.data.tags["gate_reason"]
-
-
-def test_an_evaluation_of_another_version_is_refused(versions):
-    runs = versions(0.5, 0.6)
-    message, run = failure("promote", version=1, evaluation_run_id=runs[2])
-    assert f"evaluation_run_id={runs[2]}: is no evaluation of text2sql version 1" in message
-    assert run.info.status == "FAILED"
-    assert champion() is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steps.text2sql import adapter, checkpoints, manifest, run_folder, sql_model, training
+from steps.text2sql import adapter, checkpoints, manifest, memory_plan, run_folder, sql_model, training
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.manifest import AdapterManifest
 from tests.test_training import Probe, splits
@@ -28,7 +28,7 @@ def tokenizer(tiny_base):
 def trains(tiny_base, tokenizer, tmp_path):
     """Makes a training with dropout in a model of its own; adapter, losses and mean loss come back."""
 
-    def train(folder, *, optim="adamw_torch", r=4, resume_from=None, save_steps=1, probe=None, accumulated=1):
+    def train(folder, *, optim="adamw_torch", r=4, resume_from=None, save_steps=1, probe=None, tokens=4096):
         torch.manual_seed(0)
         lora = adapter.lora_config(r=r, alpha=8, dropout=0.3, target_modules="all-linear")
         model = adapter.attach(sql_model.load_base(str(tiny_base), "nf4"), lora)
@@ -45,9 +45,6 @@ def trains(tiny_base, tokenizer, tmp_path):
             seed=7,
             disable_tqdm=True,
         )
-        if accumulated > 1:
-            settings.per_device_train_batch_size = BATCH // accumulated
-            settings.gradient_accumulation_steps = accumulated
         if resume_from is None:
             torch.manual_seed(7)
         else:
@@ -67,9 +64,10 @@ def trains(tiny_base, tokenizer, tmp_path):
         with callback.listening():
             mean = training.train(
                 model,
-                tokenizer,
                 splits(tokenizer, ROWS, 4),
                 settings=settings,
+                plan=memory_plan.Plan(tokens=tokens, recompute=False, dequantize=False, reason=""),
+                replay=False,
                 callbacks=[probe],
                 checkpoints=callback,
             )
@@ -118,9 +116,9 @@ def test_every_optimizer_goes_on_with_the_very_bits(trains, tmp_path, optim):
     assert same(trains(tmp_path / "rest", optim=optim, r=64, resume_from=checkpoint).weights, whole.weights)
 
 
-def test_accumulated_rows_are_skipped_by_whole_steps(trains, tmp_path):
-    whole = trains(tmp_path / "whole", accumulated=2)
-    rest = trains(tmp_path / "rest", accumulated=2, resume_from=tmp_path / "whole" / "checkpoint-7")
+def test_steps_of_several_micro_batches_are_skipped_whole(trains, tmp_path):
+    whole = trains(tmp_path / "whole", tokens=40)
+    rest = trains(tmp_path / "rest", tokens=40, resume_from=tmp_path / "whole" / "checkpoint-7")
     assert same(rest.weights, whole.weights)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pandas
 import pytest
 
@@ -16,8 +17,17 @@ from tests.conftest import PROJECT, plain_rows, write_jsonl
 HEADER = ",".join(dataset.COLUMNS)
 
 
-def read_file(path: Path) -> pandas.DataFrame:
-    return dataset.read(dataset.resolve(str(path), base_is_hub=False), seed=42)
+COLUMNS = dataset.Columns("question", "context", "answer", "")
+
+
+def resolve(
+    value: str, *, base_is_hub: bool = False, config: str = "", split: str = ""
+) -> dataset.DatasetSource:
+    return dataset.resolve(value, base_is_hub=base_is_hub, config=config, split=split)
+
+
+def read_file(path: Path, **columns: str) -> pandas.DataFrame:
+    return dataset.read(resolve(str(path)), columns=COLUMNS._replace(**columns), seed=42)["train"]
 
 
 def read_text(path: Path, content: str | bytes) -> pandas.DataFrame:
@@ -49,7 +59,7 @@ def test_the_four_file_formats_give_the_same_rows(tmp_path):
 
 
 def test_other_columns_are_left_out_and_the_order_of_columns_does_not_matter(tmp_path):
-    rows = read_text(tmp_path / "rows.csv", "id,answer,database,question,context\n7,a,d,q,c\n")
+    rows = read_text(tmp_path / "rows.csv", "id,answer,source,question,context\n7,a,d,q,c\n")
     assert rows.to_dict("records") == [{"question": "q", "context": "c", "answer": "a"}]
 
 
@@ -168,11 +178,11 @@ def test_a_file_that_is_gone_is_refused(tmp_path):
 
 
 def test_the_built_in_rows_name_their_database_and_follow_the_seed():
-    source = dataset.resolve("sample", base_is_hub=True)
-    rows = dataset.read(source, seed=1)
+    source = resolve("sample", base_is_hub=True)
+    rows, again, other = (dataset.read(source, columns=COLUMNS, seed=seed)["train"] for seed in (1, 1, 2))
     assert list(rows.columns) == ["question", "context", "answer", "database"]
-    assert dataset.digest(rows) == dataset.digest(dataset.read(source, seed=1))
-    assert dataset.digest(rows) != dataset.digest(dataset.read(source, seed=2))
+    assert dataset.digest(rows) == dataset.digest(again)
+    assert dataset.digest(rows) != dataset.digest(other)
 
 
 @pytest.mark.parametrize("column", dataset.COLUMNS)
@@ -247,8 +257,9 @@ def test_the_digest_does_not_depend_on_index_or_further_columns():
 def test_the_digest_is_the_same_in_another_process(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [*plain_rows(3), {"question": "é", "context": None}])
     code = (
-        "import sys; from steps.text2sql import dataset as d;"
-        "print(d.digest(d.read(d.resolve(sys.argv[1], base_is_hub=False), seed=0)))"
+        "import sys; from pathlib import Path; from steps.text2sql import dataset as d;"
+        "columns = d.Columns('question', 'context', 'answer', '');"
+        "print(d.digest(d.read_file(Path(sys.argv[1]), columns=columns, parameter='dataset')))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code, str(path)],
@@ -276,14 +287,14 @@ def hub_calls(monkeypatch):
 
 
 def test_auto_is_the_built_in_rows_where_the_base_is_local(hub_calls):
-    source = dataset.resolve("auto", base_is_hub=False)
+    source = resolve("auto", base_is_hub=False)
     assert (source.kind, source.name, source.commit) == ("sample", "sample", "")
     assert source.reason.startswith("auto:")
     assert hub_calls == []
 
 
 def test_auto_is_the_pinned_hub_dataset_where_the_base_is_on_the_hub(hub_calls):
-    source = dataset.resolve("auto", base_is_hub=True)
+    source = resolve("auto", base_is_hub=True)
     commit = "9d80a6a118b838d9defc3798d659a54a2ac2ff37"
     assert (source.kind, source.name, source.commit) == ("hub", "b-mc2/sql-create-context", commit)
     assert source.reason.startswith("auto:")
@@ -292,9 +303,7 @@ def test_auto_is_the_pinned_hub_dataset_where_the_base_is_on_the_hub(hub_calls):
 
 @pytest.mark.parametrize("base_is_hub", [True, False])
 def test_a_given_dataset_does_not_depend_on_the_base(hub_calls, tmp_path, base_is_hub):
-    given = [
-        dataset.resolve(v, base_is_hub=base_is_hub) for v in ("sample", "a/b@main", str(tmp_path / "r.csv"))
-    ]
+    given = [resolve(v, base_is_hub=base_is_hub) for v in ("sample", "a/b@main", str(tmp_path / "r.csv"))]
     assert [(s.kind, s.name, s.commit, s.reason) for s in given] == [
         ("sample", "sample", "", "as given"),
         ("hub", "a/b", "f" * 40, "as given"),
@@ -308,11 +317,110 @@ def test_a_given_dataset_does_not_depend_on_the_base(hub_calls, tmp_path, base_i
 def test_hub_rows_are_read_at_their_commit(monkeypatch):
     asked = []
 
-    def load_dataset(name, **settings):
-        asked.append((name, settings))
+    def load_dataset(path, **settings):
+        asked.append((path, settings))
         return dataset.datasets.Dataset.from_list([{"context": "c", "answer": "a", "question": "q"}])
 
     monkeypatch.setattr(dataset.datasets, "load_dataset", load_dataset)
-    rows = dataset.read(dataset.DatasetSource("a/b", "hub", "a/b", "f" * 40, ""), seed=1)
+    source = dataset.DatasetSource("a/b", "hub", "a/b", "f" * 40, "", "small", "train[:10%]")
+    rows = dataset.read(source, columns=COLUMNS, seed=1)["train"]
     assert rows.values.tolist() == [["q", "c", "a"]]
-    assert asked == [("a/b", {"revision": "f" * 40, "split": "train"})]
+    assert asked == [("a/b", {"name": "small", "revision": "f" * 40, "split": "train[:10%]"})]
+
+
+# Columns, folders and hub settings of the user's
+
+
+def test_columns_are_read_under_the_names_that_the_user_gives(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,sql query,schema\nq,a,c\n")
+    rows = read_file(path, context="schema", answer="sql query")
+    assert rows.to_dict("records") == [{"question": "q", "context": "c", "answer": "a"}]
+
+
+def test_missing_columns_are_named_with_the_parameters_that_name_them(tmp_path):
+    message = refusal(tmp_path / "rows.csv", "question,schema,query\nq,c,a\n")
+    assert message.endswith("Name yours with context_column, answer_column.")
+
+
+def test_one_column_for_two_things_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{HEADER}\nq,c,a\n")
+    with pytest.raises(UserError, match="one column is given for two things: .*answer_column=context"):
+        read_file(path, answer="context")
+
+
+def read_folder(folder: Path, **columns: str) -> dict[str, list[str]]:
+    """Questions by split."""
+    parts = dataset.read(resolve(str(folder)), columns=COLUMNS._replace(**columns), seed=42)
+    return {name: rows["question"].tolist() for name, rows in parts.items()}
+
+
+def write_rows(path: Path, *questions: str) -> None:
+    write_jsonl(path, [{"question": question, "context": "c", "answer": "a"} for question in questions])
+
+
+def test_all_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
+    write_rows(tmp_path / "b.jsonl", "3")
+    write_rows(tmp_path / "a.jsonl", "1", "2")
+    (tmp_path / "c.csv").write_text(f"{HEADER}\n4,c,a\n")
+    (tmp_path / "notes.txt").write_text("no rows")
+    assert read_folder(tmp_path) == {"train": ["1", "2", "3", "4"]}
+
+
+def test_files_named_as_splits_stay_splits(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "Dev", "test", "tests_of_mine"):
+        write_rows(tmp_path / f"{name}.jsonl", name)
+    assert read_folder(tmp_path) == {
+        "validation": ["Dev"],
+        "test": ["test"],
+        "train": ["tests_of_mine", "train-00000-of-00002", "train-00001-of-00002"],
+    }
+
+
+def test_a_folder_without_rows_to_train_on_is_refused(tmp_path):
+    write_rows(tmp_path / "test.jsonl", "q")
+    with pytest.raises(UserError, match=f"dataset={tmp_path}: has files of test alone"):
+        read_folder(tmp_path)
+
+
+def test_a_broken_file_of_a_folder_is_named(tmp_path):
+    write_rows(tmp_path / "a.jsonl", "1")
+    (tmp_path / "b.jsonl").write_text("{")
+    with pytest.raises(UserError, match=f"dataset={tmp_path}/b.jsonl: "):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["sample", "auto", "/rows.csv"])
+@pytest.mark.parametrize("setting", [{"config": "small"}, {"split": "validation"}])
+def test_configuration_and_split_belong_to_a_hub_dataset(value, setting):
+    with pytest.raises(
+        UserError, match="^dataset_(config=small|split=validation): counts for a dataset of the hub"
+    ):
+        resolve(value, **setting)
+
+
+def test_a_hub_dataset_is_read_from_train_unless_another_split_is_given(hub_calls):
+    assert (resolve("a/b").config, resolve("a/b").split) == ("", "train")
+    source = resolve("a/b", config="small", split="validation")
+    assert (source.config, source.split) == ("small", "validation")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Unknown split"), datasets.exceptions.DatasetNotFoundError("gone")]
+)
+def test_a_configuration_or_split_that_the_hub_does_not_have_is_the_users_error(monkeypatch, error):
+    def load_dataset(path, **settings):
+        raise error
+
+    monkeypatch.setattr(dataset.datasets, "load_dataset", load_dataset)
+    source = dataset.DatasetSource("a/b", "hub", "a/b", "f" * 40, "", "small", "dev")
+    with pytest.raises(UserError, match=f"dataset=a/b, dataset_config=small, dataset_split=dev: .*{error}"):
+        dataset.read(source, columns=COLUMNS, seed=1)
+
+
+@pytest.mark.parametrize("kind", ["hub", "sample"])
+def test_database_files_belong_to_a_dataset_of_files(kind):
+    source = dataset.DatasetSource("a/b", kind, "a/b", "", "")
+    with pytest.raises(UserError, match="database_column=file: needs a dataset of files"):
+        dataset.read(source, columns=COLUMNS._replace(database="file"), seed=1)

@@ -2,12 +2,16 @@
 
 import os
 import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -28,13 +32,14 @@ def environment(**changed):
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | changed
 
 
-def mlflow_run(folder, *, uri=None, **parameters):
+def mlflow_run(folder, *, uri=None, experiment=None, **parameters):
     """`mlflow run` of main, typed in a folder."""
+    store = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": experiment}
     options = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
     return subprocess.run(
         ["mlflow", "run", str(PROJECT), "--env-manager", "local", *options],
         cwd=folder,
-        env=environment(**({"MLFLOW_TRACKING_URI": uri} if uri else {})),
+        env=environment(**{name: value for name, value in store.items() if value}),
         capture_output=True,
         text=True,
         check=False,
@@ -44,7 +49,9 @@ def mlflow_run(folder, *, uri=None, **parameters):
 
 def runs():
     """The only run without a parent, and its children by start."""
-    found = mlflow.search_runs(output_format="list", order_by=["attributes.start_time"])
+    found = mlflow.search_runs(
+        output_format="list", order_by=["attributes.start_time"], search_all_experiments=True
+    )
     [parent] = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(found) - 1
@@ -92,13 +99,59 @@ def test_main_on_the_embedded_base_with_the_default_store(tmp_path):
         assert int(mlflow.MlflowClient().get_model_version_by_alias("text2sql", "champion").version) == 1
 
 
-@pytest.fixture
-def server(tmp_path):
-    """URL of an MLflow server of the test's own, which proxies artifacts."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+        return free.getsockname()[1]
+
+
+@contextmanager
+def sqlite_database(folder):
+    """URI of a database in a file."""
+    yield f"sqlite:///{folder / 'server.db'}"
+
+
+@contextmanager
+def postgresql_database(_):
+    """URI of an empty database of a PostgreSQL of the test's own."""
+    if not shutil.which("initdb"):
+        pytest.skip("PostgreSQL's initdb is not on the PATH")
+    pytest.importorskip("psycopg2", reason="MLflow needs psycopg2 for PostgreSQL, which is not installed")
+    programs, port = Path(shutil.which("initdb")).resolve().parent, str(free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        as_user = {"cwd": "/", "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            try:
+                shutil.chown(folder, "postgres")
+            except LookupError:
+                pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+            as_user |= {"user": "postgres", "extra_groups": []}
+        initdb = [programs / "initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "mlflow", "--no-sync"]
+        subprocess.run(initdb, check=True, **as_user)
+        listen = ["-p", port, "-k", folder, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        process = subprocess.Popen([programs / "postgres", "-D", f"{folder}/data", *listen], **as_user)
+        try:
+            ready = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", port, "-U", "mlflow"]
+            assert wait_until(lambda: subprocess.run(ready, check=False).returncode == 0, process)
+            # SQLAlchemy's own choice of a driver differs from version to version.
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+        finally:
+            process.send_signal(signal.SIGINT)  # its fast shutdown
+            process.wait(timeout=60)
+
+
+@pytest.fixture(params=[sqlite_database, postgresql_database], ids=["sqlite", "postgresql"])
+def server(request, tmp_path):
+    """URL of an MLflow server of the test's own, which proxies artifacts."""
+    with request.param(tmp_path) as database, running_server(database, tmp_path) as url:
+        yield url
+
+
+@contextmanager
+def running_server(database, tmp_path):
+    """Start a server on a database, and stop it; its URL."""
+    port = free_port()
+    store = ["--backend-store-uri", database]
     store += ["--artifacts-destination", str(tmp_path / "artifacts")]
     log = tmp_path / "server.log"
     with log.open("w") as output:
@@ -111,35 +164,45 @@ def server(tmp_path):
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_for(f"{url}/health", process, log)
+        assert wait_until(lambda: answers(f"{url}/health"), process), log.read_text()[-3000:]
         yield url
     finally:
         process.terminate()
         process.wait(timeout=60)
 
 
-def wait_for(url, process, log):
-    """Wait until a URL answers, at most START_LIMIT_SECONDS."""
+def wait_until(holds, process):
+    """Whether something holds while a process lives, within START_LIMIT_SECONDS."""
     end = time.monotonic() + START_LIMIT_SECONDS
     while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
-    pytest.fail(f"{url} did not answer:\n{log.read_text()[-3000:]}")
+        if holds():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def answers(url):
+    """Whether a server answers at a URL."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
 
 
 def test_main_against_a_tracking_server(server, tiny_base, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(200))
     parameters = {"max_steps": 3, "batch_size": 2, "eval_rows": 4, "lora_r": 4}
-    done = mlflow_run(tmp_path, uri=server, base_model=tiny_base, dataset=rows, **parameters)
+    parameters |= {"base_model": tiny_base, "dataset": rows}
+    done = mlflow_run(tmp_path, uri=server, experiment="My team", **parameters)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert not (tmp_path / "mlflow.db").exists()
     with tracking_at(server):
         parent, children = runs()
         assert [run.info.run_name for run in children] == STEPS
         assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 6
+        experiment = mlflow.get_experiment_by_name("My team").experiment_id
+        assert {run.info.experiment_id for run in (parent, *children)} == {experiment}
         for run, path in ((children[0], "dataset/manifest.json"), (children[1], "adapter/manifest.json")):
             assert run.info.artifact_uri.startswith("mlflow-artifacts:")
             assert str(tiny_base) in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{path}")
@@ -151,6 +214,18 @@ def test_main_against_a_tracking_server(server, tiny_base, tmp_path):
         assert "champion" not in mlflow.MlflowClient().get_registered_model("text2sql").aliases
     reason = "execution_accuracy is missing"
     assert reason in done.stdout[done.stdout.index("text2sql version 1 is not champion") :]
+
+
+def test_a_relative_store_ends_main_with_its_absolute_form(tmp_path):
+    done = mlflow_run(tmp_path, uri="sqlite:///relative.db")
+    assert done.returncode == 1
+    printed = done.stdout + done.stderr
+    assert "MLFLOW_TRACKING_URI=sqlite:///relative.db: is a relative path" in printed
+    assert f"give the absolute form: sqlite:///{tmp_path}/relative.db" in printed
+    assert "Traceback" not in printed
+    assert not (PROJECT / "relative.db").exists()
+    with tracking_at(f"sqlite:///{tmp_path / 'relative.db'}"):
+        assert runs()[0].info.status == "FAILED"
 
 
 def test_a_mistyped_parameter_ends_main_before_its_first_step(tmp_path):

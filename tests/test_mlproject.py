@@ -10,13 +10,14 @@ import pytest
 import yaml
 from mlflow.projects._project_spec import load_project
 
-from steps.text2sql.params import CHAIN, SET_BY_MAIN, OwnMainParams
+from steps.text2sql.params import CHAIN, SET_BY_MAIN, STEPS, OwnMainParams
 from tests.conftest import PROJECT
 
 SPEC = yaml.safe_load((PROJECT / "MLproject").read_text())
 ENTRY_POINTS: dict[str, dict[str, Any]] = SPEC["entry_points"]
 DECLARED = {name: entry.get("parameters", {}) for name, entry in ENTRY_POINTS.items()}
 STEP_MODULES = [name for name in ENTRY_POINTS if name != "tests"]
+ROWS_OF_EVALUATE = ("dataset_uri", "dataset")
 # As the README and DESIGN.md promise them.
 MAIN = {
     "base_model": "auto",
@@ -44,13 +45,14 @@ MAIN = {
 
 def fields(step: str) -> set[str]:
     """Fields of a step's dataclass."""
-    return {field.name for field in dataclasses.fields(CHAIN[step])}
+    return {field.name for field in dataclasses.fields(STEPS[step])}
 
 
 def test_mlflow_loads_the_project_with_exactly_these_entry_points():
     entry_points = load_project(str(PROJECT))._entry_points
-    assert sorted(entry_points) == sorted(["main", *CHAIN, "tests"])
+    assert sorted(entry_points) == sorted(["main", *STEPS, "tests"])
     assert list(CHAIN) == ["prepare_data", "train", "register", "evaluate", "promote"]
+    assert list(STEPS) == [*CHAIN, "export"]
     assert set(entry_points) == set(ENTRY_POINTS)
 
 
@@ -101,27 +103,38 @@ def test_the_entry_point_tests_runs_pytest_without_parameters():
     assert ENTRY_POINTS["tests"] == {"command": "python -m pytest tests"}
 
 
+def shared(entry_point: str) -> dict[str, dict[str, str]]:
+    """Parameters that mean the same in every entry point: evaluate alone takes one of two kinds of rows."""
+    declared = DECLARED[entry_point].items()
+    return {n: kind for n, kind in declared if entry_point != "evaluate" or n not in ROWS_OF_EVALUATE}
+
+
 def test_a_parameter_of_several_entry_points_has_one_default():
     seen: dict[str, object] = {}
-    for name, kind in ((n, k) for declared in DECLARED.values() for n, k in declared.items()):
+    for name, kind in ((n, k) for entry_point in DECLARED for n, k in shared(entry_point).items()):
         default = kind.get("default", "none given")
         assert seen.setdefault(name, default) == default, name
+
+
+def test_evaluate_has_no_rows_by_default():
+    assert {DECLARED["evaluate"][name]["default"] for name in ROWS_OF_EVALUATE} == {""}
 
 
 def test_every_default_is_written_once():
     text = (PROJECT / "MLproject").read_text()
     written = re.findall(r"^\s*(\w+): \{type: string, default:", text, re.MULTILINE)
-    assert sorted(written) == sorted({n for d in DECLARED.values() for n, k in d.items() if "default" in k})
+    names = {n for point in DECLARED for n, kind in shared(point).items() if "default" in kind}
+    assert sorted(written) == sorted([*names, *ROWS_OF_EVALUATE])
 
 
 def test_no_field_of_a_dataclass_has_a_default():
-    for kind in (*CHAIN.values(), OwnMainParams):
+    for kind in (*STEPS.values(), OwnMainParams):
         assert all(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(kind))
 
 
-def test_only_what_main_finds_out_lacks_a_default():
+def test_only_what_main_finds_out_and_where_to_export_lack_a_default():
     missing = {n for declared in DECLARED.values() for n, kind in declared.items() if "default" not in kind}
-    assert missing == SET_BY_MAIN - {"evaluation_run_id"}
+    assert missing == SET_BY_MAIN - {"evaluation_run_id"} | {"output"}
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
@@ -130,7 +143,7 @@ def test_every_parameter_is_a_string_to_mlflow(name):
     assert {kind["type"] for kind in DECLARED[name].values()} <= {"string"}
 
 
-@pytest.mark.parametrize("step", ["main", *CHAIN])
+@pytest.mark.parametrize("step", ["main", *STEPS])
 def test_a_step_has_main_and_runs_as_a_module(step):
     module = importlib.import_module(f"steps.{step}")
     assert callable(module.main)

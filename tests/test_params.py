@@ -26,7 +26,7 @@ FOUND = {
 def parsed(step: str, **values: object) -> object:
     """A step's parameters: the defaults and these values."""
     needed = {name: FOUND[name] for name in CHAIN[step].__annotations__ if name in FOUND}
-    return parse(CHAIN[step], words(needed | defaults(step) | values))
+    return parse(CHAIN[step], words(defaults(step) | needed | values))
 
 
 def refusal(step: str, **values: object) -> str:
@@ -59,9 +59,35 @@ def test_the_defaults_of_main_are_valid_and_reach_every_step_that_declares_them(
     found = parse_main(words(defaults("main")))
     assert found.own.promotion == "auto"
     for step, values in found.steps.items():
-        assert values == {n: v for n, v in defaults("main").items() if n in CHAIN[step].__annotations__}
-    handed_on = {name for values in found.steps.values() for name in values}
-    assert handed_on == set(defaults("main")) - {"promotion", "resume", "reuse"}
+        declared = set(CHAIN[step].__annotations__) - params.NOT_FROM_MAIN.get(step, set())
+        assert values == {n: v for n, v in defaults("main").items() if n in declared}
+    assert {name for values in found.steps.values() for name in values} == set(defaults("main")) - {
+        *("promotion", "resume", "reuse")
+    }
+
+
+def test_main_hands_its_dataset_to_prepare_data_alone():
+    found = parse_main(words(defaults("main") | {"dataset": "sample"}))
+    assert [step for step, values in found.steps.items() if "dataset" in values] == ["prepare_data"]
+
+
+def test_main_takes_every_dataset_that_prepare_data_takes(users_folder):
+    assert (
+        parse_main(words(defaults("main") | {"dataset": "auto"})).steps["prepare_data"]["dataset"] == "auto"
+    )
+    assert main_refusal(dataset="").startswith("dataset=: must be auto, sample")
+
+
+def test_evaluate_takes_exactly_one_kind_of_rows(tmp_path):
+    assert parsed("evaluate", dataset_uri="", dataset="sample").dataset == "sample"
+    for dataset_uri, dataset in (("", ""), ("runs:/0a1b/dataset", "sample")):
+        message = refusal("evaluate", dataset_uri=dataset_uri, dataset=dataset)
+        assert message.startswith(f"dataset_uri={dataset_uri}, dataset={dataset}: give exactly one of them")
+
+
+def test_evaluate_refuses_auto_which_says_what_to_train_on():
+    message = refusal("evaluate", dataset_uri="", dataset="auto")
+    assert message.startswith("dataset=auto: must be sample, a hub id or an absolute path")
 
 
 def test_values_arrive_with_the_type_of_their_field():
@@ -80,8 +106,8 @@ def test_a_shortened_name_is_not_completed():
 
 
 def test_a_name_like_no_other_is_refused_with_the_names_that_exist():
-    names = "base_model, dataset, max_length, seed, split_by, test_size"
-    assert refusal("prepare_data", zzz=1) == f"zzz=1: no such parameter; there are: {names}"
+    names = "dataset, dataset_uri, eval_batch_size, eval_rows, model_uri, query_timeout_seconds"
+    assert refusal("evaluate", zzz=1) == f"zzz=1: no such parameter; there are: {names}"
 
 
 def test_a_missing_parameter_is_named():
@@ -131,12 +157,16 @@ def test_all_problems_come_in_one_message_a_line_each():
         ("prepare_data", "seed", "-1", "greater than or equal to 0"),
         ("prepare_data", "seed", "4294967296", "less than 4294967296"),
         ("evaluate", "eval_rows", "0", "greater than or equal to 1"),
-        ("evaluate", "eval_batch_size", "0", "greater than or equal to 1"),
+        ("evaluate", "eval_batch_size", "0", "'auto' or greater than or equal to 1"),
+        ("evaluate", "eval_batch_size", "many", "'auto' or a valid integer"),
         ("evaluate", "query_timeout_seconds", "0", "greater than 0"),
         ("promote", "version", "0", "greater than or equal to 1"),
         ("promote", "version", "latest", "valid integer"),
         ("promote", "min_execution_accuracy", "1.1", "less than or equal to 1"),
         ("promote", "min_execution_accuracy", "nan", "less than or equal to 1"),
+        ("promote", "gate_alpha", "0", "greater than 0"),
+        ("promote", "gate_alpha", "1.1", "less than or equal to 1"),
+        ("promote", "gate_alpha", "nan", "less than or equal to 1"),
         ("promote", "evaluation_run_id", "runs:/0a1b", "pattern"),
         ("promote", "registered_model_name", "", "pattern"),
         ("promote", "registered_model_name", "-a", "pattern"),
@@ -219,6 +249,46 @@ def test_a_dataset_file_is_accepted_by_its_suffix(suffix, tmp_path):
 def test_a_missing_dataset_file_is_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     assert refusal("prepare_data", dataset=file) == f"dataset={file}: is no file"
+
+
+def test_a_folder_with_data_files_is_a_dataset(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    assert parsed("prepare_data", dataset=tmp_path).dataset == str(tmp_path)
+
+
+def test_a_folder_without_data_files_is_no_dataset(tmp_path):
+    (tmp_path / "rows.xlsx").touch()
+    assert "is a folder without files that end in .jsonl" in refusal("prepare_data", dataset=tmp_path)
+
+
+def test_a_validation_file_is_checked_like_a_dataset_file(tmp_path, users_folder):
+    assert "is no file" in refusal("prepare_data", validation_dataset=tmp_path / "gone.csv")
+    assert "must end in" in refusal("prepare_data", validation_dataset=__file__)
+    message = refusal("prepare_data", validation_dataset="dev.csv")
+    assert message.endswith(f"give the absolute form: {users_folder}/dev.csv")
+
+
+def test_a_prompt_template_is_checked_before_any_step_starts(tmp_path, users_folder):
+    (tmp_path / "prompt.txt").write_text("{question}\n")
+    assert "lacks {context}" in main_refusal(prompt_template=tmp_path / "prompt.txt")
+    assert "is no file" in refusal("prepare_data", prompt_template=tmp_path / "gone.txt")
+    assert refusal("prepare_data", prompt_template="prompt.txt").endswith(f": {users_folder}/prompt.txt")
+    (tmp_path / "prompt.txt").write_text("{question}{context}\n")
+    assert parsed("prepare_data", prompt_template=tmp_path / "prompt.txt").prompt_template.endswith(
+        "/prompt.txt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("question_column", "", "at least 1 character"),
+        ("dataset_split", "train; x", "pattern"),
+        ("prompt_style", "xml", "'plain' or 'chat'"),
+    ],
+)
+def test_a_bad_setting_of_the_data_is_refused(name, value, reason):
+    assert reason in refusal("prepare_data", **{name: value})
 
 
 def test_a_dataset_file_with_another_suffix_is_refused_with_those_that_are_read(tmp_path):
@@ -387,9 +457,10 @@ def test_main_names_its_missing_parameters():
 
 def test_a_parameter_that_several_steps_declare_has_one_meaning():
     hints: dict[str, object] = {}
-    for step in CHAIN.values():
-        for name, hint in params.get_type_hints(step, include_extras=True).items():
-            assert hints.setdefault(name, hint) == hint
+    for step, kind in CHAIN.items():
+        for name, hint in params.get_type_hints(kind, include_extras=True).items():
+            if (step, name) not in {("evaluate", "dataset"), ("evaluate", "dataset_uri")}:  # may be empty
+                assert hints.setdefault(name, hint) == hint
 
 
 # --- the folder in which the user stands

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steps.text2sql import scoring
+from steps.text2sql import failures, scoring
 from steps.text2sql.scoring import Verdict
 from steps.text2sql.sql_execution import QueryError
 
@@ -31,9 +31,9 @@ def judge(predicted: str, *, gold: str = GOLD, database: Path | None, context: s
     )
 
 
-def verdict(**scores: bool | None) -> Verdict:
+def verdict(**scores: bool | str | None) -> Verdict:
     missed = dict.fromkeys(scoring.METRICS, False)
-    return Verdict(**{**missed, "execution_accuracy": None, **scores}, reason="")
+    return Verdict(**{**missed, "execution_accuracy": None, "reason": "", "detail": "", **scores})
 
 
 @pytest.mark.parametrize(
@@ -83,24 +83,25 @@ def test_execution_match_needs_both_queries_to_run(database):
 
 
 def test_a_right_prediction_has_all_scores_and_no_reason(database):
-    assert judge(GOLD, database=database) == Verdict(True, True, True, True, True, "")
+    assert judge(GOLD, database=database) == Verdict(True, True, True, True, True, "", "")
 
 
 def test_another_query_with_the_same_rows_is_right_without_being_an_exact_match(database):
     found = judge("SELECT name FROM singer WHERE age > 20", database=database)
-    assert found == Verdict(False, False, True, True, True, "")
+    assert found == Verdict(False, False, True, True, True, "", "")
 
 
 def test_other_rows_are_valid_sql_and_wrong(database):
     found = judge("SELECT name FROM singer", database=database)
     assert (found.valid_sql, found.execution_accuracy) == (True, False)
-    assert found.reason == "other rows than gold"
+    assert (found.reason, found.detail) == ("wrong rows", "other rows than gold")
 
 
 def test_a_prediction_that_is_no_sql_is_wrong_and_says_why(database):
     found = judge("SELECT height FROM singer", database=database)
     assert (found.valid_sql, found.execution_accuracy) == (False, False)
-    assert "no such column: height" in found.reason
+    assert found.reason == "unknown column"
+    assert "no such column: height" in found.detail
 
 
 def test_a_prediction_that_writes_is_wrong_and_changes_nothing(database):
@@ -114,6 +115,7 @@ def test_a_prediction_that_writes_is_wrong_and_changes_nothing(database):
 def test_an_empty_prediction_is_wrong_even_where_gold_finds_no_rows(database, predicted):
     found = judge(predicted, gold="SELECT name FROM singer WHERE age > 99", database=database)
     assert (found.valid_sql, found.execution_accuracy) == (False, False)
+    assert found.reason in ("no answer", "does not parse")
 
 
 def test_a_prediction_that_takes_too_long_is_wrong(database):
@@ -122,18 +124,21 @@ def test_a_prediction_that_takes_too_long_is_wrong(database):
         context=CONTEXT, gold=GOLD, predicted=endless, stopped=False, database=database, timeout_seconds=0.1
     )
     assert (found.valid_sql, found.execution_accuracy, found.stopped) == (True, False, False)
-    assert found.reason == "took over 0.1 s"
+    assert (found.reason, found.detail) == ("time limit", "took over 0.1 s")
 
 
-def test_without_a_database_nothing_is_run():
-    found = judge(GOLD, database=None)
-    assert (found.exact_match, found.valid_sql, found.execution_accuracy) == (True, True, None)
+def test_without_a_database_the_rows_of_made_databases_decide():
+    assert judge(f"{GOLD} AND 1", database=None) == Verdict(False, False, True, True, True, "", "")
+    found = judge("SELECT name FROM singer WHERE age = 31", database=None)
+    assert (found.valid_sql, found.execution_accuracy) == (True, False)
+    assert found.reason == "wrong rows"
 
 
 def test_a_broken_context_makes_the_prediction_invalid_and_keeps_the_match_of_its_text():
     found = judge(GOLD, database=None, context="CREATE TABLE")
     assert (found.exact_match, found.valid_sql) == (True, False)
-    assert found.reason.startswith("context: ")
+    assert found.reason == "other error"
+    assert found.detail.startswith("context: ")
 
 
 def test_metrics_are_shares_of_all_rows():
@@ -145,7 +150,8 @@ def test_metrics_are_shares_of_all_rows():
         verdict(valid_sql=True, execution_accuracy=False, stopped=True),
         verdict(execution_accuracy=False, stopped=True),
     ]
-    assert scoring.metrics(verdicts) == {
+    found = scoring.metrics(verdicts)
+    assert {name: found[name] for name in scoring.METRICS} == {
         "exact_match": 0.5,
         "exact_match_case": 0.25,
         "valid_sql": 0.75,
@@ -156,7 +162,40 @@ def test_metrics_are_shares_of_all_rows():
 
 def test_a_prefix_stands_before_each_metric():
     names = scoring.metrics([verdict(execution_accuracy=False)], prefix="base_")
-    assert set(names) == {f"base_{name}" for name in scoring.METRICS}
+    assert set(names) == {f"base_{name}{end}" for name in scoring.METRICS for end in ("", "_low", "_high")}
+
+
+def test_the_interval_is_wilsons():
+    # By hand from his formula for 8 of 10 and z = 1.95996: (0.8 + z²/20 ∓ z √(0.016 + z²/400)) / (1 + z²/10).
+    z = 1.959964
+    middle, width = 0.8 + z**2 / 20, z * (0.016 + z**2 / 400) ** 0.5
+    low, high = scoring.wilson_interval(8, 10)
+    assert low == pytest.approx((middle - width) / (1 + z**2 / 10), abs=1e-6)
+    assert high == pytest.approx((middle + width) / (1 + z**2 / 10), abs=1e-6)
+
+
+@pytest.mark.parametrize("right", [0, 7])
+def test_an_interval_has_a_width_and_stays_a_share_also_where_none_or_all_are_right(right):
+    low, high = scoring.wilson_interval(right, 7)
+    assert 0 <= low < high <= 1
+
+
+def test_a_share_stands_between_its_bounds():
+    found = scoring.metrics([verdict(stopped=True), verdict(stopped=True), verdict()])
+    assert found["stopped_low"] < found["stopped"] < found["stopped_high"]
+
+
+def test_failures_are_counted_by_reason_and_reasons_that_do_not_occur_count_nothing():
+    verdicts = [verdict(reason="unknown column"), verdict(reason="unknown column"), verdict()]
+    found = scoring.failure_counts(verdicts, prefix="base_")
+    assert found["base_failures/unknown_column"] == 2
+    assert sum(found.values()) == 2
+    assert set(found) == {f"base_{failures.metric_name(reason)}" for reason in failures.REASONS}
+
+
+def test_exact_match_is_the_headline_where_a_row_could_not_be_run():
+    assert scoring.headline(scoring.metrics([verdict(execution_accuracy=False)])) == "execution_accuracy"
+    assert scoring.headline(scoring.metrics([verdict()])) == "exact_match"
 
 
 def test_execution_accuracy_is_absent_where_one_row_could_not_be_run():
@@ -166,19 +205,12 @@ def test_execution_accuracy_is_absent_where_one_row_could_not_be_run():
 
 
 def test_the_comparison_has_a_line_for_each_metric_base_first():
-    tuned = {"exact_match": 0.5, "exact_match_case": 0.25, "valid_sql": 1.0, "stopped": 0.999}
-    base = {
-        "base_exact_match": 0.0,
-        "base_exact_match_case": 0.0,
-        "base_valid_sql": 0.125,
-        "base_stopped": 0.0,
-    }
-    text = scoring.comparison({**tuned, **base, "other": 3.0}, base_prefix="base_")
+    found = {"exact_match": 0.5, "exact_match_low": 0.25, "exact_match_high": 0.75, "base_exact_match": 0.0}
+    found |= {"stopped": 0.999, "stopped_low": 0.9, "stopped_high": 1.0, "base_stopped": 0.125}
+    text = scoring.comparison({**found, "other": 3.0}, base_prefix="base_")
     assert [line.split() for line in text.splitlines()] == [
-        ["base", "tuned"],
-        ["exact_match", "0.0%", "50.0%"],
-        ["exact_match_case", "0.0%", "25.0%"],
-        ["valid_sql", "12.5%", "100.0%"],
-        ["stopped", "0.0%", "99.9%"],
+        ["base", "tuned", "95", "%", "interval"],
+        ["exact_match", "0.0%", "50.0%", "25.0%", "to", "75.0%"],
+        ["stopped", "12.5%", "99.9%", "90.0%", "to", "100.0%"],
     ]
-    assert len({len(line) for line in text.splitlines()}) == 1  # the columns stand under each other
+    assert len({len(line) for line in text.splitlines()[1:]}) == 1  # the columns stand under each other

@@ -207,3 +207,26 @@ def test_a_context_that_has_no_utf8_form_does_not_end_the_split():
     except UserError:
         return
     assert sum(map(len, parts.values())) == 61
+
+
+@pytest.mark.parametrize("by", ["schema", "random"])
+@pytest.mark.parametrize("names", [["validation"], ["test"], ["validation", "test"]])
+def test_splits_of_the_users_own_stay_and_no_rows_are_taken_for_them(by, names):
+    given = {name: rows_of([f"CREATE TABLE {name} (a INT)"]) for name in names}
+    parts = splits.split(many(100), by=by, test_size=0.2, seed=42, given=given)
+    for name in names:
+        assert parts[name] is given[name]
+    without = splits.split(many(100), by=by, test_size=0.2, seed=42)
+    taken = {name: 0 if name in names else len(without[name]) for name in ("validation", "test")}
+    if by == "random" or "test" not in names:
+        others = [len(parts[name]) for name in taken if name not in names]
+        assert len(parts["train"]) + sum(others) == 100
+        assert ("test" in names) or others[-1] == taken["test"]
+
+
+def test_shared_rows_ask_the_same_question_of_the_same_context():
+    rows = pandas.DataFrame({"question": ["a", "b", "a"], "context": ["x", "x", "y"]})
+    others = pandas.DataFrame({"question": ["a", "c", "a"], "context": ["x", "y", "x"]})
+    assert splits.shared_rows(rows, others) == 1
+    assert splits.shared_rows(rows, rows) == 3
+    assert splits.shared_rows(rows[:0], others) == splits.shared_rows(rows, others[:0]) == 0

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import bitsandbytes
+import pandas
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorForSeq2Seq
 
@@ -140,6 +142,73 @@ def test_a_batch_of_different_lengths_gives_the_tokens_of_each_prompt_alone(base
         [alone] = sql_model.generate(*base, [prompt], max_new_tokens=16)
         assert together[i] == alone[0]
     assert len({answer.text for answer in together.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "tokens", "batches"),
+    [
+        (64, 1000, [[1, 3, 0, 2]]),
+        (3, 1000, [[1, 3, 0], [2]]),
+        (64, 20, [[1, 3], [0, 2]]),
+        (64, 5, [[1], [3], [0], [2]]),
+    ],
+)
+def test_a_batch_has_no_more_rows_and_padded_tokens_than_allowed_but_one_row_at_least(
+    base, monkeypatch, batch_size, tokens, batches
+):
+    model, tokenizer = base
+    prompts = ["6", "9", "5", "8"]
+    # With one new token each row has 7, 10, 6 and 9.
+    monkeypatch.setattr(sql_model, "encode_prompts", lambda _, texts: [[3] * int(text) for text in texts])
+    found = sql_model.generate(
+        model, tokenizer, prompts, max_new_tokens=1, batch_size=batch_size, max_batch_tokens=tokens
+    )
+    assert [list(batch) for batch in found] == batches
+
+
+def test_no_rows_are_no_batch(base):
+    assert list(sql_model.generate(*base, [], max_new_tokens=1)) == []
+
+
+def test_64_rows_of_one_request_are_one_batch_and_very_long_ones_are_several(base, monkeypatch):
+    served = sql_model.SQLModel()
+    (served.model, served.tokenizer), served.prompt_template = base, "{context} {question}"
+    served.prompt_style = "plain"
+    sizes = []
+    generate = served.model.generate
+
+    def count(input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(served.model, "generate", count)
+    rows = pandas.DataFrame({"question": [f"How many of {i}?" for i in range(64)]})
+    assert len(served.predict(None, rows, {"max_new_tokens": 2})) == 64
+    assert sizes == [64]
+    monkeypatch.setattr(sql_model, "TOKENS_PER_BATCH", 200)
+    served.predict(None, rows, {"max_new_tokens": 2})
+    assert len(sizes) > 2
+
+
+@pytest.mark.parametrize(
+    ("row", "params", "problem"),
+    [
+        ({"question": None}, {}, "question: null, empty or no text in row 1 (counted from 0)"),
+        ({"question": float("nan")}, {}, "question: null, empty or no text in row 1"),
+        ({"question": "\n"}, {}, "question: null, empty or no text in row 1"),
+        ({"question": 5}, {}, "question: null, empty or no text in row 1"),
+        ({"question": "Who?", "context": ["a"]}, {}, "context: no text in row 1"),
+        ({"question": "Who?"}, {"max_new_tokens": 0}, "max_new_tokens=0: must be 1 to 4096"),
+        ({"question": "Who?"}, {"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
+        ({"question": ""}, {"repetition_penalty": 0.0}, "row 1 (counted from 0); repetition_penalty=0.0"),
+    ],
+)
+def test_what_cannot_be_answered_is_a_bad_request_that_says_why(row, params, problem):
+    rows = pandas.DataFrame([{"question": "One?", "context": "CREATE TABLE t (a)"}, row])
+    with pytest.raises(MlflowException) as caught:
+        sql_model.SQLModel().predict(None, rows, params)
+    assert problem in caught.value.message
+    assert caught.value.get_http_status_code() == 400
 
 
 def test_repetition_penalty_reaches_the_model(taught):

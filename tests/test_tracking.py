@@ -183,6 +183,40 @@ def test_a_run_that_mlflow_opened_is_taken_up_and_not_a_second_one(store, monkey
     assert last_run().info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"])
+@pytest.mark.parametrize("file", ["runs.db", "./db/runs.db"])
+def test_a_relative_store_is_refused_with_its_absolute_form_and_not_made(
+    name, file, store, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "users_folder", lambda: Path("/home/me"))
+    monkeypatch.setenv(name, f"sqlite:///{file}")
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    message = exit_text(lambda: pytest.fail("the body was called"))
+    assert message.startswith(f"\nError: {name}=sqlite:///{file}: is a relative path")
+    assert message.endswith(f"give the absolute form: sqlite:////home/me/{Path(file)}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("store")
+def test_a_step_notes_where_the_project_of_its_parent_came_from():
+    source = {
+        "mlflow.source.name": "https://example.invalid/text2sql.git",
+        "mlflow.source.git.commit": "c0ffee",
+        "mlflow.source.git.branch": "main",
+        "mlflow.source.git.repoURL": "https://example.invalid/text2sql.git",
+    }
+    with mlflow.start_run() as parent:
+        mlflow.set_tags(source | {"mlflow.project.entryPoint": "main"})
+    own = {"mlflow.parentRunId": parent.info.run_id, "mlflow.project.entryPoint": "train"}
+    child = mlflow.MlflowClient().create_run("0", tags=own | {"mlflow.source.name": "file:///tmp/clone"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_RUN_ID", child.info.run_id)
+        run_in_run(lambda: None)
+    tags = mlflow.get_run(child.info.run_id).data.tags
+    assert {name: tags[name] for name in (*source, *own)} == source | own
+
+
 # --- settings
 
 

@@ -1,7 +1,9 @@
 """The LoRA adapter on a loaded base model."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +14,7 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 
 WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
 
 
 class ParameterCount(NamedTuple):
@@ -54,11 +57,31 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return adapted
 
 
+def size(model: PreTrainedModel, config: LoraConfig) -> int:
+    """Parameters that `attach` would add: r for every input and output of an adapted layer.
+
+    Raises:
+        UserError: as `attach`.
+    """
+    if isinstance(config.target_modules, set):
+        check_modules(model, config.target_modules)
+    head = model.get_output_embeddings()
+    layers = {name.split(".")[-1]: 0 for name, module in _linear(model) if module is not head}
+    chosen = config.target_modules if isinstance(config.target_modules, set) else layers
+    return sum(
+        config.r * (module.in_features + module.out_features)
+        for name, module in _linear(model)
+        if name.split(".")[-1] in chosen
+    )
+
+
+def _linear(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+
+
 def check_modules(model: PreTrainedModel, names: set[str]) -> None:
     """Refuse module names that LoRA cannot be put on; see `attach`."""
-    linear = {
-        name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-    }
+    linear = {name.split(".")[-1] for name, _ in _linear(model)}
     unknown = sorted(names - linear)
     problem = f"target_modules={','.join(sorted(names))}"
     if unknown:
@@ -76,6 +99,11 @@ def check_modules(model: PreTrainedModel, names: set[str]) -> None:
 def count_parameters(model: PeftModel) -> ParameterCount:
     """Count with peft, which knows how 4-bit weights are packed."""
     return ParameterCount(*model.get_nb_trainable_parameters())
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The LoRA settings of a saved adapter, as peft wrote them."""
+    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
 
 
 def save(

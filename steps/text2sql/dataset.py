@@ -4,88 +4,172 @@ import csv
 import hashlib
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import pandas
 
-from steps.text2sql import hub, sample_data
+from steps.text2sql import databases, hub, sample_data
+from steps.text2sql.databases import DATABASE
 from steps.text2sql.errors import UserError
+from steps.text2sql.params import DATA_SUFFIXES
 
 COLUMNS = ("question", "context", "answer")
-# Path of a SQLite file below the dataset's folder; only rows that have one can be scored by running SQL.
-DATABASE = "database"
+INCOMPLETE = "is missing, empty or not text"
 HUB_DATASET = "b-mc2/sql-create-context@9d80a6a118b838d9defc3798d659a54a2ac2ff37"
 INSTEAD = "dataset=<absolute path of a JSONL, JSON, CSV or Parquet file> or dataset=sample"
+# Files of a folder that are splits of their own: `test.csv`, `dev.csv`, `test-00000-of-00002.parquet`.
+SPLIT_FILE = re.compile(
+    r"(?:train|(?P<validation>validation|valid|val|dev)|(?P<test>test))(?:-\d+-of-\d+)?", re.IGNORECASE
+)
 # A CSV field may be as large as a row may be long; the module's own limit is 128 KiB.
 csv.field_size_limit(2**31 - 1)
 
 
+class Columns(NamedTuple):
+    """The user's names for the columns of `COLUMNS`, and of the one with SQLite files; empty: none.
+
+    With `database_is_optional` rows without that column are sound too.
+    """
+
+    question: str
+    context: str
+    answer: str
+    database: str
+    database_is_optional: bool = False
+
+
 @dataclass(frozen=True)
 class DatasetSource:
-    """Where rows come from, pinned to one state; `location` is a path, a hub id, or this project's module."""
+    """Where rows come from, pinned to one state; `location` is a path, a hub id, or this project's module.
+
+    `config` and `split` belong to a hub dataset; the others have none.
+    """
 
     name: str
     kind: Literal["sample", "file", "hub"]
     location: str
     commit: str
     reason: str
+    config: str = ""
+    split: str = ""
 
 
-def resolve(dataset: str, *, base_is_hub: bool) -> DatasetSource:
-    """Pin `auto`, `sample`, a file or a hub id.
+def resolve(dataset: str, *, base_is_hub: bool, config: str = "", split: str = "") -> DatasetSource:
+    """Pin `auto`, `sample`, a file, a folder of files, or a hub id; `split` empty is the hub's `train`.
 
     Raises:
-        UserError: an unknown or gated hub id, or the hub is out of reach.
+        UserError: unknown or gated hub id, hub out of reach, or `config` or `split` without a hub id.
     """
     reason = "as given"
     if dataset == "auto":
         dataset = HUB_DATASET if base_is_hub else "sample"
         reason = f"auto: the base model comes from {'the hub' if base_is_hub else 'this machine'}"
+    if (config or split) and (dataset == "sample" or Path(dataset).is_absolute()):
+        given = f"dataset_config={config}" if config else f"dataset_split={split}"
+        raise UserError(f"{given}: counts for a dataset of the hub only, and dataset={dataset} is none.")
     if dataset == "sample":
         return DatasetSource("sample", "sample", "steps.text2sql.sample_data", "", reason)
     if Path(dataset).is_absolute():
         return DatasetSource(Path(dataset).name, "file", dataset, "", reason)
     repository = hub.resolve(dataset, parameter="dataset", kind="dataset", instead=INSTEAD)
-    return DatasetSource(repository.name, "hub", repository.name, repository.commit, reason)
+    return DatasetSource(
+        repository.name, "hub", repository.name, repository.commit, reason, config, split or "train"
+    )
 
 
-def read(source: DatasetSource, *, seed: int) -> pandas.DataFrame:
-    """All rows with the columns of `COLUMNS`, and `DATABASE` (a domain's name) for the built-in ones.
+def read(source: DatasetSource, *, columns: Columns, seed: int) -> dict[str, pandas.DataFrame]:
+    """Rows to split under `train`; `validation` and `test` where a folder has files of these names.
+
+    Rows have the columns of `COLUMNS`, and `DATABASE` where there is one: an absolute path, or the name of a
+    domain for the built-in rows. The rows of each split are numbered from 0.
 
     Raises:
-        UserError: naming the line, the encoding or the missing columns.
+        UserError: naming the line, the encoding, the missing columns, or the rows without a database.
     """
-    if source.kind == "sample":
-        rows = pandas.DataFrame(sample_data.generate(seed))
-    elif source.kind == "hub":
-        rows = datasets.load_dataset(source.location, revision=source.commit, split="train").to_pandas()
-    else:
-        rows = _read_file(Path(source.location))
-    missing = [name for name in COLUMNS if name not in rows.columns]
     problem = f"dataset={source.location}"
+    if columns.database and source.kind != "file" and not columns.database_is_optional:
+        raise UserError(f"database_column={columns.database}: needs a dataset of files, not {source.name}.")
+    if source.kind == "sample":
+        built_in = Columns(*columns[:3], database=DATABASE)
+        return {"train": _select(pandas.DataFrame(sample_data.generate(seed)), built_in, problem)}
+    if source.kind == "hub":
+        return {"train": _select(_load_from_hub(source), columns._replace(database=""), problem)}
+    path = Path(source.location)
+    if path.is_dir():
+        return _read_folder(path, columns)
+    return {"train": read_file(path, columns=columns, parameter="dataset")}
+
+
+def read_file(path: Path, *, columns: Columns, parameter: str) -> pandas.DataFrame:
+    """Rows of one file; see `read`. `parameter` is the one that named it."""
+    problem = f"{parameter}={path}"
+    rows = _select(_parse(path, problem), columns, problem)
+    if DATABASE in rows:
+        rows[DATABASE] = databases.absolute(
+            rows[DATABASE], path.parent, problem=f"{problem}, database_column={columns.database}"
+        )
+    return rows
+
+
+def _read_folder(folder: Path, columns: Columns) -> dict[str, pandas.DataFrame]:
+    parts: dict[str, list[pandas.DataFrame]] = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES):
+        named = SPLIT_FILE.fullmatch(path.stem)
+        split = (named and named.lastgroup) or "train"
+        parts.setdefault(split, []).append(read_file(path, columns=columns, parameter="dataset"))
+    if "train" not in parts:
+        raise UserError(
+            f"dataset={folder}: has files of {' and '.join(parts)} alone; it needs rows to train on."
+        )
+    return {split: pandas.concat(files, ignore_index=True) for split, files in parts.items()}
+
+
+def _load_from_hub(source: DatasetSource) -> pandas.DataFrame:
+    try:
+        return datasets.load_dataset(
+            source.location, name=source.config or None, revision=source.commit, split=source.split
+        ).to_pandas()
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"dataset={source.location}, dataset_config={source.config}, dataset_split={source.split}: "
+            f"cannot be loaded: {error}"
+        ) from error
+
+
+def _select(rows: pandas.DataFrame, columns: Columns, problem: str) -> pandas.DataFrame:
+    """The columns that count, under this project's names."""
+    wanted = {name: given for name, given in zip((*COLUMNS, DATABASE), columns[:4], strict=True) if given}
+    if columns.database_is_optional and columns.database not in rows:
+        wanted.pop(DATABASE, None)
+    if len(set(wanted.values())) < len(wanted):
+        given = ", ".join(f"{name}_column={given}" for name, given in wanted.items())
+        raise UserError(f"{problem}: one column is given for two things: {given}.")
     if rows.empty:
-        raise UserError(f"{problem}: has no rows; it needs the columns {', '.join(COLUMNS)}.")
+        raise UserError(f"{problem}: has no rows; it needs the columns {', '.join(wanted.values())}.")
+    missing = [given for given in wanted.values() if given not in rows.columns]
     if missing:
         found = ", ".join(map(str, rows.columns))
-        raise UserError(f"{problem}: lacks the columns {', '.join(missing)}; found: {found}.")
-    return rows[[*COLUMNS, *(c for c in (DATABASE,) if source.kind == "sample")]]
+        ways = ", ".join(f"{name}_column" for name, given in wanted.items() if given in missing)
+        raise UserError(
+            f"{problem}: lacks the columns {', '.join(missing)}; found: {found}. Name yours with {ways}."
+        )
+    return rows[list(wanted.values())].set_axis(list(wanted), axis="columns")
 
 
-def _read_file(path: Path) -> pandas.DataFrame:
+def _parse(path: Path, problem: str) -> pandas.DataFrame:
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": pandas.read_parquet}
     try:
         return readers[path.suffix](path)
     except UnicodeDecodeError as error:
-        raise UserError(f"dataset={path}: is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
+        raise UserError(f"{problem}: is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
     except OSError as error:
-        raise UserError(f"dataset={path}: cannot be read: {error}") from error
+        raise UserError(f"{problem}: cannot be read: {error}") from error
     except ValueError as error:  # what pandas, pyarrow and json raise for a broken file
-        raise UserError(
-            f"dataset={path}: is not valid {path.suffix[1:].upper()}, mend it: {error}"
-        ) from error
+        raise UserError(f"{problem}: is not valid {path.suffix[1:].upper()}, mend it: {error}") from error
 
 
 def _read_jsonl(path: Path) -> pandas.DataFrame:
@@ -98,7 +182,7 @@ def _read_jsonl(path: Path) -> pandas.DataFrame:
             problems.append(f"line {number}: {error}")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise UserError(f"dataset={path}: broken JSON at {'; '.join(problems[:5])}{more}. Mend or remove it.")
+        raise ValueError(f"broken JSON at {'; '.join(problems[:5])}{more}")
     return pandas.DataFrame(rows)
 
 
@@ -161,7 +245,7 @@ def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     for name in COLUMNS:
         is_text = rows[name].map(_is_text)
         rows[name] = rows[name].where(is_text, "").str.strip()
-        reasons[(rows[name] == "") & (reasons == "")] = f"{name} is missing, empty or not text"
+        reasons[(rows[name] == "") & (reasons == "")] = f"{name} {INCOMPLETE}"
     complete = rows[reasons == ""]
     answers = (
         complete.drop_duplicates(list(COLUMNS)).groupby(["question", "context"])["answer"].transform("size")

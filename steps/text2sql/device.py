@@ -2,7 +2,9 @@
 
 import os
 import resource
+import time
 
+import psutil
 import torch
 
 from steps.text2sql.sql_model import pick_device
@@ -20,8 +22,34 @@ def describe_device() -> str:
     )
 
 
+def free_memory_bytes() -> int:
+    """Memory that can be had now: on the GPU, or what the system can give without swapping."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
 def peak_memory_gib() -> float:
     """Most memory held so far, in GiB: PyTorch's on the GPU, the resident set of this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def operations_per_second() -> float:
+    """What this device reaches in a matrix product of the dtype that is computed in, measured in a moment.
+
+    A product of two n x n matrices takes 2 n^3 floating point operations.
+    """
+    device, dtype = pick_device()
+    n, repeats = (4096, 10) if device == "cuda" else (1024, 4)
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = min(_seconds(left, right, device) for _ in range(repeats))
+    return 2 * n**3 / seconds
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    left @ right
+    wait()
+    return time.perf_counter() - start

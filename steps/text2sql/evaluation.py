@@ -1,39 +1,62 @@
 """Answers of a model for test rows, and their scores as a table."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from steps.text2sql import dataset, scoring
-from steps.text2sql.sql_model import Generated, SQLModel, extract_sql
+from steps.text2sql.databases import DATABASE
+from steps.text2sql.sql_model import (
+    Generated,
+    SQLModel,
+    encode_prompts,
+    extract_sql,
+    pick_device,
+)
 
 # New tokens beyond the longest gold answer: room for a longer but right query, and for EOS.
 BUDGET_MARGIN_TOKENS = 16
-
-
-def choose_rows(test: pandas.DataFrame, count: int) -> pandas.DataFrame:
-    """`count` rows, or all if there are fewer: the same ones for every seed and every order of rows."""
-    hashes = test.apply(_row_hash, axis="columns")
-    return test.loc[hashes.sort_values().index[:count]].reset_index(drop=True)
-
-
-def rows_digest(rows: pandas.DataFrame) -> str:
-    """SHA-256 of the scored rows: two evaluations with the same one can be compared."""
-    return hashlib.sha256("".join(rows.apply(_row_hash, axis="columns")).encode()).hexdigest()
-
-
-def _row_hash(row: pandas.Series) -> str:
-    return hashlib.sha256("\x00".join(row[list(dataset.COLUMNS)]).encode()).hexdigest()
+# More rows at once bring nothing: rows that have stopped wait for the last one of their batch.
+MAX_BATCH_SIZE = 64
+# The rest is for the allocator's gaps and for what other programs take meanwhile.
+MEMORY_SHARE = 0.5
+# Hidden states, queries, keys and values, and an MLP of four times the hidden size with its gate.
+ACTIVATIONS_PER_TOKEN = 16
 
 
 def token_budget(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> int:
     """New tokens that a model may write: those of the longest gold answer and a margin."""
     return max(map(len, tokenizer(list(answers))["input_ids"])) + BUDGET_MARGIN_TOKENS
+
+
+def find_batch_size(model: SQLModel, rows: pandas.DataFrame, *, max_new_tokens: int, free: int) -> int:
+    """Rows to generate at once in `free` bytes, 1 to `MAX_BATCH_SIZE`, if all were as long as the longest."""
+    prompts = model.prompts(rows)
+    longest = max(map(len, encode_prompts(model.tokenizer, prompts)))
+    needed = bytes_per_row(
+        model.model.config.get_text_config(),
+        tokens=longest + max_new_tokens,
+        value_bytes=pick_device()[1].itemsize,
+    )
+    return max(1, min(MAX_BATCH_SIZE, int(free * MEMORY_SHARE / needed)))
+
+
+def bytes_per_row(config: PretrainedConfig, *, tokens: int, value_bytes: int) -> int:
+    """Memory of one row while it is generated, beside the weights, from above.
+
+    Keys and values of all layers; one layer's activations of the prompt, with its attention weights as a
+    whole (as sdpa without a fused kernel makes them); the logits of one token, in fp32 and copied twice.
+    """
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cached_heads = getattr(config, "num_key_value_heads", None) or heads
+    cache = 2 * config.num_hidden_layers * cached_heads * head_size * tokens
+    activations = tokens * (ACTIVATIONS_PER_TOKEN * config.hidden_size + heads * tokens)
+    return (cache + activations) * value_bytes + 3 * config.vocab_size * 4
 
 
 def answer(
@@ -54,7 +77,7 @@ def judge(
     rows: pandas.DataFrame, answers: Sequence[Generated], *, databases: Path, timeout_seconds: float
 ) -> list[scoring.Verdict]:
     """Verdicts in the order of the rows; a row's `database` is a path below `databases`."""
-    names = rows[dataset.DATABASE] if dataset.DATABASE in rows else [None] * len(rows)
+    names = rows[DATABASE] if DATABASE in rows else [None] * len(rows)
     return [
         scoring.judge(
             context=row.context,
@@ -66,6 +89,14 @@ def judge(
         )
         for row, given, name in zip(rows.itertuples(), answers, names, strict=True)
     ]
+
+
+def metrics(verdicts: Mapping[str, Sequence[scoring.Verdict]]) -> dict[str, float]:
+    """Shares with their bounds and counts of failures of each model (by prefix), and the number of rows."""
+    found: dict[str, float] = {}
+    for prefix, of_model in verdicts.items():
+        found |= scoring.metrics(of_model, prefix=prefix) | scoring.failure_counts(of_model, prefix=prefix)
+    return found | {"evaluated_rows": len(of_model)}
 
 
 def predictions(

@@ -21,7 +21,10 @@ AnyManifest = TypeVar("AnyManifest")
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """Everything that prepare_data resolved. `counts` are rows by split and by reason of rejection."""
+    """Everything that prepare_data resolved. `counts` are rows by split and by reason of rejection.
+
+    `prompt_template` is what `sql_model.render_prompt` takes in this style: a chat's has its control tokens.
+    """
 
     base_model: str
     base_commit: str
@@ -29,9 +32,12 @@ class DatasetManifest:
     dataset: str
     dataset_source: str
     dataset_commit: str
+    dataset_config: str
+    dataset_split: str
     dataset_digest: str
     tokenizer_fingerprint: str
     prompt_template: str
+    prompt_style: str
     max_length: int
     split_by: str
     test_size: float

@@ -1,6 +1,7 @@
 """From an adapter to a logged model, checked in a fresh process before anyone can ask for it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import mlflow
 import yaml
-from mlflow.models.model import ModelInfo
+from mlflow.models.model import MLMODEL_FILE_NAME, Model, ModelInfo
 from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
-from steps.text2sql import sql_model
+from steps.text2sql import manifest, sql_model, transformers_flavor
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.screen import EXAMPLE
@@ -44,29 +45,71 @@ def requirements() -> list[str]:
     return yaml.safe_load(PYTHON_ENV.read_text(encoding="utf-8"))["dependencies"]
 
 
-def log_model(adapter: Path, described: AdapterManifest, *, name: str) -> ModelInfo:
-    """Log an adapter as a pyfunc model with its prompt template, and its base by reference.
+def log_model(adapter: Path, described: AdapterManifest, *, name: str, card: str) -> ModelInfo:
+    """Log an adapter with its prompt template and its model card, and its base by reference.
 
-    `adapter` is a folder as `adapter.save` writes it.
+    The package loads as `mlflow.pyfunc` and as `mlflow.transformers` model. `adapter` is a folder as
+    `adapter.save` writes it.
     """
     source = described.of_dataset
     config = {
         "base_model": source.base_model,
         "quantization": described.quantization,
         "prompt_template": source.prompt_template,
+        "prompt_style": source.prompt_style,
     }
     with tempfile.TemporaryDirectory() as scratch:
+        # MLflow keeps the name of a folder, and a checkpoint has another one.
+        named = shutil.copytree(adapter, Path(scratch) / Path(transformers_flavor.ADAPTER).name)
         license_file = Path(scratch) / "BASE_MODEL_LICENSE"
         license_file.write_text(source.base_license, encoding="utf-8")
-        return mlflow.pyfunc.log_model(
+        return Model.log(
+            artifact_path=None,
             name=name,
+            flavor=transformers_flavor,
+            card=card,
             python_model=sql_model.__file__,
-            artifacts={"adapter": str(adapter), "base_license": str(license_file)},
+            artifacts={"adapter": str(named), "base_license": str(license_file)},
             model_config=config,
             signature=SIGNATURE,
             pip_requirements=requirements(),
             metadata=config | {"base_commit": source.base_commit, "dataset_digest": source.dataset_digest},
         )
+
+
+def load(package: Path, *, source: str) -> sql_model.SQLModel:
+    """The model of a package as it would be served; `source` is the parameter and value of the package.
+
+    Raises:
+        UserError: its base or its adapter does not load.
+    """
+    try:
+        return mlflow.pyfunc.load_model(str(package)).unwrap_python_model()
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:  # the package's own file has a BaseModelError of its own
+        raise UserError(f"{source}: does not load: {error}") from error
+
+
+def read_manifest(package: Path, *, source: str) -> AdapterManifest:
+    """What the adapter of a package was made of; `source` as in `load`.
+
+    Raises:
+        UserError: it has no signature, or is no package of this project.
+    """
+    described = Model.load(str(package / MLMODEL_FILE_NAME))
+    if described.signature is None:
+        raise UserError(f"{source}: has no signature; score a version that the step register made.")
+    if "prompt_template" not in (described.metadata or {}):
+        raise UserError(f"{source}: is no text-to-SQL package of this project; it has no prompt_template.")
+    return manifest.read(AdapterManifest, package / "artifacts" / "adapter", source=source)
+
+
+def model_id(package: Path) -> str:
+    """Id of the logged model that a package is; the version of a SQLite registry does not know it."""
+    return Model.load(str(package / MLMODEL_FILE_NAME)).model_id
 
 
 def ask_in_fresh_process(model_uri: str, environment: dict[str, str]) -> str:

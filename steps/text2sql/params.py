@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 import psutil
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from steps.text2sql import processes
+from steps.text2sql import processes, prompt_template
 from steps.text2sql.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -69,16 +69,48 @@ def _base_model(value: str) -> str:
 
 
 def _dataset(value: str) -> str:
-    if value in ("auto", "sample"):
+    return value if value == "auto" else _rows(value, "auto, sample")
+
+
+def _rows(value: str, words: str = "sample") -> str:
+    if value == "sample":
         return value
     if _looks_like_path(value) or value.endswith(DATA_SUFFIXES):
-        file = _absolute(value)
-        if not Path(file).is_file():
-            raise ValueError("is no file")
-        if not file.endswith(DATA_SUFFIXES):
-            raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
-        return file
-    return _hub_id(value, f"auto, sample, a hub id or an absolute path ending in {', '.join(DATA_SUFFIXES)}")
+        path = Path(_absolute(value))
+        if not path.is_dir():
+            return _data_file(value)
+        if not any(file.name.endswith(DATA_SUFFIXES) for file in path.iterdir()):
+            raise ValueError(f"is a folder without files that end in {', '.join(DATA_SUFFIXES)}")
+        return str(path)
+    if value == "auto":
+        raise ValueError("must be sample, a hub id or an absolute path: what auto means is for training")
+    return _hub_id(
+        value,
+        f"{words}, a hub id, or an absolute path: a folder, or ending in {', '.join(DATA_SUFFIXES)}",
+    )
+
+
+def _data_file(value: str) -> str:
+    file = _absolute(value)
+    if not Path(file).is_file():
+        raise ValueError("is no file")
+    if not file.endswith(DATA_SUFFIXES):
+        raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
+    return file
+
+
+def _optional_data_file(value: str) -> str:
+    return _data_file(value) if value else value
+
+
+def _prompt_template(value: str) -> str:
+    if value == "default":
+        return value
+    file = _absolute(value)
+    if not value or not Path(file).is_file():
+        raise ValueError("is no file; must be default or the absolute path of a text file")
+    prompt_template.read(Path(file))
+    return file
 
 
 def _hub_id(value: str, accepted: str) -> str:
@@ -93,6 +125,15 @@ def _artifact_uri(value: str) -> str:
     if not value:
         raise ValueError("must be an artifact URI (runs:/<run id>/<path>) or an absolute path")
     return _absolute(value)
+
+
+def _new_folder(value: str) -> str:
+    folder = Path(_absolute(value))
+    if folder.exists():
+        raise ValueError("exists already; nothing is written over")
+    if not folder.parent.is_dir():
+        raise ValueError(f"there is no folder {folder.parent}")
+    return str(folder)
 
 
 def _model_uri(value: str) -> str:
@@ -113,6 +154,7 @@ ModelName = Annotated[
     str,
     Field(pattern=f"^{MODEL_NAME}$", max_length=250, description="name in the model registry"),
 ]
+Column = Annotated[str, Field(min_length=1, description="name of the column in the dataset")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of sampling, initialization and row order")]
 
 
@@ -128,7 +170,9 @@ class PrepareDataParams:
     dataset: Annotated[
         str,
         AfterValidator(_dataset),
-        Field(description="auto, sample, a hub id with optional @revision, or a file of DATA_SUFFIXES"),
+        Field(
+            description="auto, sample, a hub id with optional @revision, or a file or folder of DATA_SUFFIXES"
+        ),
     ]
     max_length: Annotated[
         int, Field(ge=16, le=32768, description="tokens of prompt and answer; longer rows are rejected")
@@ -140,6 +184,33 @@ class PrepareDataParams:
         Literal["schema", "random"], Field(description="schema: no test table occurs in training")
     ]
     seed: Seed
+    dataset_config: Annotated[str, Field(description="configuration of a hub dataset; empty: its default")]
+    dataset_split: Annotated[
+        str,
+        Field(
+            pattern=r"^[\w.+:%\[\]-]*$", description="split of a hub dataset to take rows from; empty: train"
+        ),
+    ]
+    question_column: Column
+    context_column: Column
+    answer_column: Column
+    database_column: Annotated[
+        str,
+        Field(description="paths of SQLite files, absolute or from the data file's folder; empty: none"),
+    ]
+    validation_dataset: Annotated[
+        str,
+        AfterValidator(_optional_data_file),
+        Field(description="a file of DATA_SUFFIXES; empty: validation rows are taken out of train"),
+    ]
+    prompt_template: Annotated[
+        str,
+        AfterValidator(_prompt_template),
+        Field(description="default, or a text file with {context} and {question}; other braces doubled"),
+    ]
+    prompt_style: Annotated[
+        Literal["plain", "chat"], Field(description="chat: in the chat form of an instruct model")
+    ]
 
 
 @dataclass(frozen=True)
@@ -174,10 +245,18 @@ class TrainParams:
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="of AdamW")]
     optim: Annotated[
         Literal["auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"],
-        Field(description="auto: paged_adamw_8bit on CUDA, adamw_torch elsewhere"),
+        Field(description="auto: adamw_torch_fused on CUDA, adamw_torch elsewhere"),
     ]
     gradient_checkpointing: Annotated[
         Literal["auto", "yes", "no"], Field(description="auto: on a CUDA GPU that would be short of memory")
+    ]
+    micro_batch_tokens: Annotated[
+        Auto | Annotated[int, Field(ge=16)],
+        Field(description="tokens computed at once; auto: what the memory holds"),
+    ]
+    torch_compile: Annotated[
+        Literal["auto", "yes", "no"],
+        Field(description="compile the layers; auto: on a CUDA GPU where the training is long enough to win"),
     ]
     save_steps: Annotated[int, Field(ge=1, description="steps between checkpoints")]
     logging_steps: Annotated[int, Field(ge=1, description="steps between points of the loss curve")]
@@ -198,13 +277,38 @@ class RegisterParams:
 
 @dataclass(frozen=True)
 class EvaluateParams:
-    """Parameters of evaluate."""
+    """Parameters of evaluate; exactly one of `dataset_uri` and `dataset` is given."""
 
     model_uri: Annotated[str, AfterValidator(_model_uri)]
-    dataset_uri: ArtifactUri
-    eval_rows: Annotated[int, Field(ge=1, description="test rows to score, the same ones for every seed")]
-    eval_batch_size: Annotated[int, Field(ge=1, le=4096, description="rows generated at once")]
+    dataset_uri: Annotated[
+        str,
+        AfterValidator(lambda value: value and _artifact_uri(value)),
+        Field(description="a dataset of prepare_data, whose test rows are scored"),
+    ]
+    dataset: Annotated[
+        str,
+        AfterValidator(lambda value: value and _rows(value)),
+        Field(description="rows to score: sample, a hub id with optional @revision, a file of DATA_SUFFIXES"),
+    ]
+    eval_rows: Annotated[int, Field(ge=1, description="rows to score, the same ones for every seed")]
+    eval_batch_size: Annotated[
+        Auto | Annotated[int, Field(ge=1, le=4096)],
+        Field(description="rows generated at once; auto: by free memory"),
+    ]
     query_timeout_seconds: Annotated[Positive, Field(description="limit of one query")]
+
+    def __post_init__(self) -> None:
+        """Refuse both or none.
+
+        Raises:
+            UserError: always then.
+        """
+        if bool(self.dataset_uri) == bool(self.dataset):
+            raise UserError(
+                f"dataset_uri={self.dataset_uri}, dataset={self.dataset}: give exactly one of them: "
+                "dataset_uri=runs:/<prepare_data run>/dataset for test rows, or dataset=<file, hub id or "
+                "sample> for any rows."
+            )
 
 
 @dataclass(frozen=True)
@@ -217,7 +321,33 @@ class PromoteParams:
         Field(pattern=r"^[0-9a-f]*$", description="evaluate run to judge by; empty: a move by hand, no gate"),
     ]
     min_execution_accuracy: Annotated[float, Field(ge=0, le=1, description="floor of the gate")]
+    gate_alpha: Annotated[
+        float, Field(gt=0, le=1, description="McNemar's p against the champion must be under it")
+    ]
     registered_model_name: ModelName
+
+
+@dataclass(frozen=True)
+class ExportParams:
+    """Parameters of export."""
+
+    model_uri: Annotated[str, AfterValidator(_model_uri)]
+    output: Annotated[
+        str, AfterValidator(_new_folder), Field(description="absolute folder to make, for the merged model")
+    ]
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Field(description="of the merged weights; auto: that of the base's own weights"),
+    ]
+    compare_rows: Annotated[
+        int,
+        Field(
+            ge=1, description="built-in questions that both models answer before the merged one is offered"
+        ),
+    ]
+    min_same_sql: Annotated[
+        float, Field(ge=0, le=1, description="share of them that must get the same SQL from both")
+    ]
 
 
 @dataclass(frozen=True)
@@ -241,8 +371,12 @@ CHAIN: dict[str, type] = {
     "evaluate": EvaluateParams,
     "promote": PromoteParams,
 }
+# All steps with a command of their own; those beside the chain are never started by main.
+STEPS: dict[str, type] = CHAIN | {"export": ExportParams}
 # What one step finds out for the next: main sets these, a user of main cannot.
 SET_BY_MAIN = frozenset({"dataset_uri", "adapter_uri", "model_uri", "version", "evaluation_run_id"})
+# What a step takes only where a user runs it alone, though main has a parameter of that name.
+NOT_FROM_MAIN = {"evaluate": frozenset({"dataset"})}
 
 
 class MainParams(NamedTuple):
@@ -273,7 +407,7 @@ def parse_main(argv: Sequence[str]) -> MainParams:
         UserError: naming every unknown or wrong parameter at once.
     """
     given = _pairs(argv)
-    by_step = {step: get_type_hints(params, include_extras=True) for step, params in CHAIN.items()}
+    by_step = {step: _taken_from_main(step) for step in CHAIN}
     own = get_type_hints(OwnMainParams, include_extras=True)
     types = own | {
         name: hint for hints in by_step.values() for name, hint in hints.items() if name not in SET_BY_MAIN
@@ -288,6 +422,11 @@ def parse_main(argv: Sequence[str]) -> MainParams:
         own_params,
         {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()},
     )
+
+
+def _taken_from_main(step: str) -> dict[str, Any]:
+    hints = get_type_hints(CHAIN[step], include_extras=True)
+    return {name: hint for name, hint in hints.items() if name not in NOT_FROM_MAIN.get(step, ())}
 
 
 def _pairs(argv: Sequence[str]) -> dict[str, str]:

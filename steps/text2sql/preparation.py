@@ -1,14 +1,14 @@
 """From split rows to what training and evaluation read: checked, tokenized, with the rejected rows apart."""
 
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import pandas
 from transformers import PreTrainedTokenizerFast
 
-from steps.text2sql import dataset, sample_data, tokenization
+from steps.text2sql import dataset, tokenization
+from steps.text2sql.databases import DATABASE
 from steps.text2sql.errors import UserError
 
 TOKENS = ["input_ids", "labels"]
@@ -26,7 +26,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    parts: dict[str, pandas.DataFrame], *, tokenizer: PreTrainedTokenizerFast, template: str, max_length: int
+    parts: dict[str, pandas.DataFrame],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    style: str,
+    max_length: int,
 ) -> Prepared:
     """Check and tokenize each split.
 
@@ -37,13 +42,17 @@ def prepare(
     for name, rows in parts.items():
         sound, reasons = dataset.check(rows)
         kept[name], too_long = tokenization.tokenize(
-            sound, tokenizer=tokenizer, template=template, max_length=max_length
+            sound, tokenizer=tokenizer, template=template, style=style, max_length=max_length
         )
         rejected.append(_rejected(rows, pandas.concat([reasons, too_long]), name))
         if name != "validation" and not len(kept[name]):
             raise UserError(f"dataset: no sound row is left for {name}: {_most_common(rejected[-1])}.")
     lengths = tokenization.lengths(kept["train"])
-    kept["test"] = kept["test"].remove_columns(TOKENS)
+    unused = {"train": [DATABASE], "validation": [DATABASE], "test": TOKENS}
+    kept = {
+        name: rows.remove_columns([c for c in unused[name] if c in rows.column_names])
+        for name, rows in kept.items()
+    }
     return Prepared(datasets.DatasetDict(kept), pandas.concat(rejected), lengths)
 
 
@@ -64,20 +73,9 @@ def counts(parts: dict[str, pandas.DataFrame], prepared: Prepared) -> dict[str, 
     found |= {f"rows_{name}": len(rows) for name, rows in prepared.splits.items()}
     reasons = prepared.rejected["reason"]
     kinds = {
-        "rejected_incomplete": reasons.str.contains("is missing, empty or not text", regex=False),
+        "rejected_incomplete": reasons.str.contains(dataset.INCOMPLETE, regex=False),
         "rejected_contradiction": reasons.str.startswith("contradiction"),
         "rejected_duplicate": reasons.str.startswith("duplicate"),
         "rejected_too_long": reasons.str.contains("more than max_length", regex=False),
     }
     return found | {kind: int(matches.sum()) for kind, matches in kinds.items()}
-
-
-def write_databases(test_rows: datasets.Dataset, folder: Path, *, seed: int) -> datasets.Dataset:
-    """Write the built-in databases that test rows name; the rows come back with paths below `folder`."""
-    if dataset.DATABASE not in test_rows.column_names:
-        return test_rows
-    (folder / "databases").mkdir()
-    for domain in sorted(set(test_rows[dataset.DATABASE])):
-        sample_data.build_database(domain, folder / "databases" / f"{domain}.sqlite", seed=seed)
-    paths = [f"databases/{domain}.sqlite" for domain in test_rows[dataset.DATABASE]]
-    return test_rows.remove_columns(dataset.DATABASE).add_column(dataset.DATABASE, paths)

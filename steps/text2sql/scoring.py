@@ -1,10 +1,18 @@
 """Scores of predicted SQL against gold SQL."""
 
+import functools
 import re
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy.stats import binomtest
+
+from steps.text2sql import failures
+from steps.text2sql.gold_answers import Answer, Comparison, GoldQuery
+from steps.text2sql.made_databases import make_databases
 from steps.text2sql.sql_execution import QueryError, check_query, is_ordered, run_query, same_result
 
 # The metric that decides on promotion.
@@ -18,7 +26,8 @@ METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "
 class Verdict:
     """Scores of one prediction. `execution_accuracy` is None where the row has no database to run on.
 
-    `reason` says why a prediction is no valid SQL or returns something else; empty when it is right.
+    `reason` is the one of `failures.REASONS` for which it is no valid SQL or returns something else, and
+    `detail` the message behind it; both are empty when it is right.
     """
 
     exact_match: bool
@@ -27,6 +36,7 @@ class Verdict:
     execution_accuracy: bool | None
     stopped: bool
     reason: str
+    detail: str
 
 
 def normalize(query: str) -> str:
@@ -51,44 +61,123 @@ def execution_match_on(database: Path, gold: str, predicted: str, *, timeout_sec
     return same_result(expected, found, ordered=is_ordered(gold))
 
 
+def execution_match(
+    context: str, gold: str, predicted: str, *, timeout_seconds: float = 10.0, seed: int = 0
+) -> bool:
+    """Whether a prediction returns what gold returns on every database that is made for the row.
+
+    A prediction that does not execute is wrong, and so is one that takes longer than `timeout_seconds` on all
+    databases together. A row whose gold returns nothing on each of them proves nothing: wrong.
+
+    Raises:
+        QueryError: the context or gold does not execute, so that no prediction can be judged; says which.
+    """
+    answers, may_permute = _gold_answers(context, gold, timeout_seconds, seed)
+    comparison = Comparison(may_permute=may_permute)
+    deadline = time.monotonic() + timeout_seconds
+    for answer in answers:
+        left = max(deadline - time.monotonic(), 0.0)
+        try:
+            found = run_query(answer.database, predicted, timeout_seconds=left)
+        except QueryError:
+            return False
+        if not comparison.agrees(answer, found):
+            return False
+    return any(answer.length for answer in answers)
+
+
+# The rows of one evaluation, so that base and tuned model share the work; about 0.1 MB each.
+@functools.lru_cache(maxsize=256)
+def _gold_answers(
+    context: str, gold: str, timeout_seconds: float, seed: int
+) -> tuple[tuple[Answer, ...], bool]:
+    query = GoldQuery(gold)
+    answers = []
+    for database in make_databases(context, gold, seed=seed):
+        try:
+            answers.append(query.answer(database, timeout_seconds=timeout_seconds))
+        except QueryError as error:
+            raise error if str(error).startswith("context: ") else QueryError(f"gold: {error}") from error
+    return tuple(answer for answer in answers if answer is not None), query.may_permute
+
+
 def judge(
     *, context: str, gold: str, predicted: str, stopped: bool, database: Path | None, timeout_seconds: float
 ) -> Verdict:
     """All scores of one prediction."""
-    reason, is_valid, is_right = "", True, None
+    detail, is_valid, is_right = "", True, None
     try:
         check_query(context, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
-        is_valid, reason = False, str(error)
-    if database:
-        try:
-            is_right = is_valid and execution_match_on(
-                database, gold, predicted, timeout_seconds=timeout_seconds
-            )
-            reason = reason or ("" if is_right else "other rows than gold")
-        except QueryError as error:
-            is_right, reason = False, str(error)
+        is_valid, detail = False, str(error)
+    try:
+        is_right = is_valid and (
+            execution_match_on(database, gold, predicted, timeout_seconds=timeout_seconds)
+            if database
+            else execution_match(context, gold, predicted, timeout_seconds=timeout_seconds)
+        )
+        detail = detail or ("" if is_right else "other rows than gold")
+    except QueryError as error:
+        is_right, detail = False, detail or str(error)
     return Verdict(
         exact_match=exact_match(gold, predicted),
         exact_match_case=exact_match(gold, predicted, ignore_case=False),
         valid_sql=is_valid,
         execution_accuracy=is_right,
         stopped=stopped,
-        reason=reason,
+        reason=failures.classify(detail, predicted=predicted, stopped=stopped),
+        detail=detail,
     )
 
 
 def metrics(verdicts: Sequence[Verdict], *, prefix: str = "") -> dict[str, float]:
-    """Shares of all rows, 0 to 1, by name; execution accuracy only where every row could be run."""
-    values = {name: [getattr(verdict, name) for verdict in verdicts] for name in METRICS}
-    return {prefix + name: sum(found) / len(found) for name, found in values.items() if None not in found}
+    """Shares of all rows, 0 to 1, by name, each with `_low` and `_high`, the bounds of its 95 % interval.
+
+    Execution accuracy is there only where every row could be run.
+    """
+    found: dict[str, float] = {}
+    for name in METRICS:
+        values = [getattr(verdict, name) for verdict in verdicts]
+        if None not in values:
+            low, high = wilson_interval(sum(values), len(values))
+            found |= {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
+    return {prefix + name: value for name, value in found.items()}
+
+
+def headline(found: Mapping[str, float]) -> str:
+    """The metric that says which rows are right: execution accuracy, or exact match where it is missing."""
+    return EXECUTION_ACCURACY if EXECUTION_ACCURACY in found else "exact_match"
+
+
+def summary(found: Mapping[str, float], name: str) -> str:
+    """One metric in words: its share and interval, that of the base, and the number of rows."""
+    low, high = found[f"{name}_low"], found[f"{name}_high"]
+    base, rows = found[BASE_PREFIX + name], found["evaluated_rows"]
+    return f"{found[name]:.4f} ({low:.4f} to {high:.4f}), base {base:.4f}, {rows:.0f} rows"
+
+
+def wilson_interval(right: int, rows: int) -> tuple[float, float]:
+    """Bounds of the 95 % score interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953).
+
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = right/rows, n = rows, z = 1.96: it
+    stays within 0 to 1 and has a width also where none or all are right.
+    """
+    interval = binomtest(right, rows).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def failure_counts(verdicts: Sequence[Verdict], *, prefix: str = "") -> dict[str, int]:
+    """Rows by reason of failure, as names of metrics; reasons that do not occur count 0."""
+    found = Counter(verdict.reason for verdict in verdicts)
+    return {prefix + failures.metric_name(reason): found[reason] for reason in failures.REASONS}
 
 
 def comparison(found: Mapping[str, float], *, base_prefix: str) -> str:
-    """Text table of a model's metrics beside those of its base."""
-    lines = [f"  {'':<20}{'base':>8}{'tuned':>8}"]
+    """Text table of a model's metrics, each with its interval, beside those of its base."""
+    lines = [f"  {'':<20}{'base':>8}{'tuned':>8}   95 % interval"]
     lines += [
         f"  {name:<20}{found[base_prefix + name]:>8.1%}{found[name]:>8.1%}"
+        f"{found[f'{name}_low']:>8.1%} to{found[f'{name}_high']:>7.1%}"
         for name in METRICS
         if name in found
     ]

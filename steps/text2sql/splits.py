@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal
 
@@ -25,25 +26,35 @@ NAMELESS = re.compile(r"table_name_\d+")
 
 
 def split(
-    rows: pandas.DataFrame, *, by: Literal["schema", "random"], test_size: float, seed: int
+    rows: pandas.DataFrame,
+    *,
+    by: Literal["schema", "random"],
+    test_size: float,
+    seed: int,
+    given: Mapping[str, pandas.DataFrame] | None = None,
 ) -> dict[str, pandas.DataFrame]:
     """Split into `train`, `validation` and `test`, each row in one of them, with its index.
 
     `schema`: a group is a connected set of rows that share a table; it is test when the hash of its tables
     falls under `test_size`, so for every seed and every order of rows the same groups are. `random`: rows
     as `datasets.Dataset.train_test_split` draws them. Validation is whole groups, or random rows, of train.
+    `given` are the user's own `validation` and `test`: they stay as they are, and none is taken from `rows`.
 
     Raises:
         UserError: train or test would be empty.
     """
+    given = given or {}
+    share = 0.0 if "test" in given else test_size
+    takes_validation = "validation" not in given
     if by == "schema":
-        is_test, is_validation = _by_schema(rows["context"], test_size)
+        is_test, is_validation = _by_schema(rows["context"], share, takes_validation)
     else:
-        is_test, is_validation = _at_random(len(rows), test_size, seed)
+        is_test, is_validation = _at_random(len(rows), share, seed, takes_validation)
     parts = {
         "train": rows[~is_test & ~is_validation],
         "validation": rows[is_validation],
         "test": rows[is_test],
+        **given,
     }
     empty = [name for name in ("train", "test") if parts[name].empty]
     if empty:
@@ -96,14 +107,22 @@ def groups(contexts: pandas.Series) -> numpy.ndarray:
     return connected_components(graph, directed=False)[1][: len(contexts)]
 
 
-def _by_schema(contexts: pandas.Series, test_size: float) -> tuple[numpy.ndarray, numpy.ndarray]:
+def shared_rows(rows: pandas.DataFrame, others: pandas.DataFrame) -> int:
+    """How many of `rows` ask a question of a context that `others` ask too."""
+    asked = pandas.MultiIndex.from_frame(others[["question", "context"]].astype(str))
+    return int(pandas.MultiIndex.from_frame(rows[["question", "context"]].astype(str)).isin(asked).sum())
+
+
+def _by_schema(
+    contexts: pandas.Series, test_size: float, takes_validation: bool
+) -> tuple[numpy.ndarray, numpy.ndarray]:
     group = groups(contexts)
     members = pandas.Series(contexts.astype(str).to_numpy()).groupby(group)
     hashes = members.agg(lambda of_group: _hash(frozenset().union(*map(tables, of_group.unique()))))
     is_test = hashes < test_size
     sizes = members.size()[~is_test]
-    wanted = _validation_rows(int(sizes.sum()))
-    chosen = _fill(sizes.loc[hashes[~is_test].sort_values().index], wanted)
+    in_order = sizes.loc[hashes[~is_test].sort_values().index]
+    chosen = _fill(in_order, _validation_rows(int(sizes.sum()))) if takes_validation else []
     return is_test.loc[group].to_numpy(), numpy.isin(group, chosen)
 
 
@@ -127,12 +146,16 @@ def _validation_rows(train_rows: int) -> int:
     return min(VALIDATION_ROWS, int(train_rows * VALIDATION_SHARE))
 
 
-def _at_random(count: int, test_size: float, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    positions = datasets.Dataset.from_dict({"row": range(count)})
+def _at_random(
+    count: int, test_size: float, seed: int, takes_validation: bool
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    train, test = datasets.Dataset.from_dict({"row": range(count)}), []
     try:
-        outer = positions.train_test_split(test_size=test_size, seed=seed)
+        if test_size:
+            outer = train.train_test_split(test_size=test_size, seed=seed)
+            train, test = outer["train"], outer["test"]["row"]
     except ValueError as error:
         raise UserError(f"split_by=random, test_size={test_size}: {error}") from error
-    chosen = outer["train"].shuffle(seed=seed)["row"][: _validation_rows(len(outer["train"]))]
+    wanted = _validation_rows(len(train)) if takes_validation else 0
     every = numpy.arange(count)
-    return numpy.isin(every, outer["test"]["row"]), numpy.isin(every, chosen)
+    return numpy.isin(every, test), numpy.isin(every, train.shuffle(seed=seed)["row"][:wanted])

@@ -1,49 +1,32 @@
 """Running SQL that nobody has looked at, and comparing what it returns.
 
-Covered: a query can only read one database, which is opened read-only (`mode=ro`, `query_only`, and an
-authorizer that allows nothing but reading), cannot attach another file or load code, and is bounded in time,
-in memory for one value, in rows returned and in the length and depth of its text.
+Covered. A query can only read one database: a file is opened read-only (`mode=ro`, and `immutable`, so that
+not even a lock or a `-shm` file is written), `query_only` is on, an authorizer allows nothing but reading,
+nothing can be attached and no code loaded. It is bounded in time, in memory, in rows returned, and in the
+length and depth of its text, by SQLite itself as far as SQLite does so. All of it runs in a process of its
+own (sql_worker.py), which can write no file and has a limit on its memory. One opcode that runs long by
+itself knows no deadline; it ends with that process, which is killed and replaced. Contexts, whose CREATE
+TABLE statements run in memory, and database files that are made to do harm are held by the same limits.
 
-Not covered: one opcode that runs long by itself, since the deadline is looked at between opcodes only (a
-nested replace() ran for seconds past it), and the memory of the process as a whole.
+Not covered. A fault of SQLite itself that lets a query run code: the process has the rights of the user and
+is no sandbox for system calls or the network. One core, kept busy up to the limit of each query. Time, random
+numbers and SQLite's version, which a query can ask for. A file that another program changes meanwhile: it is
+read as it happens to be. macOS, where only SQLite has a limit on its memory, not the process as a whole.
+`is_ordered` reads a query here, in the calling process: it is for gold queries.
 """
 
-import sqlite3
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sqlglot
 from sqlglot.errors import SqlglotError
 
-Row = tuple[object, ...]
+from steps.text2sql.sql_process import PROCESS, Reply
+from steps.text2sql.sql_worker import MAX_SQL_LENGTH
 
-READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-# What CREATE TABLE and CREATE INDEX do inside SQLite: they write to its own schema table.
-CREATING = READING | {
-    sqlite3.SQLITE_CREATE_TABLE,
-    sqlite3.SQLITE_CREATE_INDEX,
-    sqlite3.SQLITE_INSERT,
-    sqlite3.SQLITE_UPDATE,
-    sqlite3.SQLITE_TRANSACTION,
-    sqlite3.SQLITE_REINDEX,
-}
-FORBIDDEN_FUNCTIONS = {"load_extension", "writefile", "readfile", "edit", "fts3_tokenizer"}
-LIMITS = {
-    sqlite3.SQLITE_LIMIT_LENGTH: 10_000_000,
-    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 100_000,
-    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 100,
-    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 20,
-    sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 1_000,
-    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
-}
-# Often enough to stop within milliseconds, seldom enough to cost nothing.
-OPCODES_BETWEEN_CHECKS = 1_000
-MAX_ROWS = 100_000
-MAX_RESULT_LENGTH = 50_000_000
+Row = tuple[object, ...]
 
 
 class QueryError(Exception):
@@ -76,50 +59,14 @@ def run_query(database: Database, query: str, *, timeout_seconds: float) -> list
 def run_queries(
     database: Database, queries: Sequence[str], *, timeout_seconds: float
 ) -> list[list[Row] | QueryError]:
-    """What each query returns from the same database, or why it returns nothing; a limit for each.
+    """What each query returns from the same database, or why it returns nothing.
+
+    The limit is for each query; opening or making the database is part of the first one's.
 
     Raises:
-        QueryError: the database cannot be made, since its context does not execute.
+        QueryError: the database cannot be opened, or cannot be made, since its context does not execute.
     """
-    with closing(_opened(database, timeout_seconds)) as connection:
-        connection.set_authorizer(None)
-        connection.execute("PRAGMA query_only = ON")
-        return [_result(connection, query, timeout_seconds) for query in queries]
-
-
-def _opened(database: Database, timeout_seconds: float) -> sqlite3.Connection:
-    if isinstance(database, Path):
-        return sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
-    connection = sqlite3.connect(":memory:")
-    with _guarded(connection, CREATING, timeout_seconds, what="context: "):
-        connection.executescript(database.context)
-        for table, rows in database.rows.items():
-            places = ", ".join("?" * len(rows[0])) if rows else ""
-            name = table.replace('"', '""')
-            connection.executemany(f'INSERT INTO "{name}" VALUES ({places})', rows)
-    connection.commit()
-    return connection
-
-
-def _result(connection: sqlite3.Connection, query: str, timeout_seconds: float) -> list[Row] | QueryError:
-    try:
-        with _guarded(connection, READING, timeout_seconds):
-            cursor = connection.execute(query)
-            if cursor.description is None:
-                raise QueryError("is no query")
-            return _fetch(cursor)
-    except QueryError as error:
-        return error
-
-
-def _fetch(cursor: sqlite3.Cursor) -> list[Row]:
-    rows, size = [], 0
-    for row in cursor:
-        rows.append(row)
-        size += sum(len(value) for value in row if isinstance(value, str | bytes))
-        if len(rows) > MAX_ROWS or size > MAX_RESULT_LENGTH:
-            raise QueryError(f"more than {MAX_ROWS} rows or {MAX_RESULT_LENGTH} characters")
-    return rows
+    return _results(database, "run", queries, timeout_seconds)
 
 
 def check_query(context: str, query: str, *, timeout_seconds: float) -> None:
@@ -128,36 +75,58 @@ def check_query(context: str, query: str, *, timeout_seconds: float) -> None:
     Raises:
         QueryError: the context does not execute, or the query is not valid for its tables.
     """
-    with closing(sqlite3.connect(":memory:")) as connection:
-        with _guarded(connection, CREATING, timeout_seconds, what="context: "):
-            connection.executescript(context)
-        with _guarded(connection, READING, timeout_seconds):
-            program = connection.execute(f"EXPLAIN {query}")
-            # EXPLAIN lists opcodes; another first column means that the text went on with QUERY PLAN.
-            if program.description[0][0] != "addr":
-                raise QueryError("is no query")
+    (result,) = _results(MadeDatabase(context, {}), "check", [query], timeout_seconds)
+    if isinstance(result, QueryError):
+        raise result
 
 
-@contextmanager
-def _guarded(
-    connection: sqlite3.Connection, allowed: set[int], timeout_seconds: float, *, what: str = ""
-) -> Iterator[None]:
-    deadline = time.monotonic() + timeout_seconds
-    for limit, value in LIMITS.items():
-        connection.setlimit(limit, value)
-    connection.text_factory = lambda raw: raw.decode("utf-8", errors="replace")
+def _results(
+    database: Database, action: str, queries: Sequence[str], timeout_seconds: float
+) -> list[list[Row] | QueryError]:
+    what = "context: " if isinstance(database, MadeDatabase) else ""
+    opening, texts, results = _opening(database), [_cut(query) for query in queries], []
+    with PROCESS.lock:
+        while True:
+            request = {"database": opening, "action": action, "queries": texts[len(results) :]}
+            replies = PROCESS.ask(request, timeout_seconds)
+            opened, *answers = (_result(reply, timeout_seconds) for reply in replies)
+            if isinstance(opened, QueryError):
+                raise QueryError(f"{what}{opened}")
+            results += answers
+            # A query that ends the process leaves those behind it to the next one.
+            if len(results) == len(texts):
+                return results
 
-    def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-        is_forbidden = action == sqlite3.SQLITE_FUNCTION and second in FORBIDDEN_FUNCTIONS
-        return sqlite3.SQLITE_OK if action in allowed and not is_forbidden else sqlite3.SQLITE_DENY
 
-    connection.set_authorizer(authorize)
-    connection.set_progress_handler(lambda: time.monotonic() > deadline, OPCODES_BETWEEN_CHECKS)
-    try:
-        yield
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
-        late = time.monotonic() > deadline
-        raise QueryError(what + (f"took over {timeout_seconds:g} s" if late else str(error))) from error
+def _result(reply: Reply, timeout_seconds: float) -> list[Row] | QueryError:
+    match reply:
+        case ["rows", rows]:
+            return rows
+        case ["error", reason]:
+            return QueryError(reason)
+        case ["died"]:
+            return QueryError("ended the process that ran it")
+    return QueryError(f"took over {timeout_seconds:g} s")
+
+
+def _opening(database: Database) -> dict[str, object]:
+    if isinstance(database, MadeDatabase):
+        rows = {table: list(values) for table, values in database.rows.items()}
+        return {"context": _cut(database.context), "rows": rows}
+    path = database.absolute()
+    for kind in ("wal", "journal"):
+        unfinished = path.with_name(f"{path.name}-{kind}")
+        # Both would have to be worked off, which is writing, before the file alone says what is in it.
+        if unfinished.exists() and unfinished.stat().st_size:
+            raise QueryError(
+                f"{path.name} has changes in {unfinished.name}: close the program that writes it"
+            )
+    return {"uri": path.as_uri()}
+
+
+def _cut(text: str) -> str:
+    # One character more than is allowed is enough for SQLite to refuse it.
+    return text[: MAX_SQL_LENGTH + 1]
 
 
 def same_result(gold: list[Row], predicted: list[Row], *, ordered: bool) -> bool:

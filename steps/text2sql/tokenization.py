@@ -25,11 +25,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def tokenize(
-    rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, template: str, max_length: int
+    rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, template: str, style: str, max_length: int
 ) -> tuple[datasets.Dataset, pandas.Series]:
     """Add `input_ids` and `labels` (each `(tokens,)`), and leave out what does not fit in `max_length`.
 
-    Prompt and answer are encoded together, EOS follows by its id. A label is the token itself in the answer
+    Prompt and answer are encoded together (apart in chat style, where a control token or a line break of the
+    chat template stands between them), EOS follows by its id. A label is the token itself in the answer
     and at EOS, and `IGNORED` in the prompt. Nothing is cut: too long rows come back as reasons, by index.
 
     Raises:
@@ -38,12 +39,12 @@ def tokenize(
     if rows.empty:
         columns = [*rows.columns, "input_ids", "labels"]
         return datasets.Dataset.from_dict({name: [] for name in columns}), pandas.Series(dtype=object)
-    check_prefix(rows[:PREFIX_CHECK_ROWS], tokenizer=tokenizer, template=template)
+    check_prefix(rows[:PREFIX_CHECK_ROWS], tokenizer=tokenizer, template=template, style=style)
     table = datasets.Dataset.from_pandas(rows.rename_axis("row").reset_index(), preserve_index=False)
     encoded = table.map(
         encode_batch,
         batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "template": template},
+        fn_kwargs={"tokenizer": tokenizer, "template": template, "style": style},
         desc="Tokenizing",
         load_from_cache_file=False,
         # datasets hashes the function and its arguments otherwise, the whole tokenizer among them.
@@ -66,13 +67,15 @@ def lengths(encoded: datasets.Dataset) -> pandas.Series:
 
 
 def encode_batch(
-    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerFast, template: str
+    batch: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerFast, template: str, style: str
 ) -> dict[str, list[list[int]]]:
     """Columns of rows to `input_ids` and `labels`; see `tokenize`."""
     prompts = [
-        render_prompt(template, question=question, context=context)
+        render_prompt(template, question=question, context=context, style=style)
         for question, context in zip(batch["question"], batch["context"], strict=True)
     ]
+    if style == "chat":
+        return _encode_apart(prompts, batch["answer"], tokenizer)
     texts = [prompt + answer for prompt, answer in zip(prompts, batch["answer"], strict=True)]
     encoded = tokenizer(texts, split_special_tokens=True, return_attention_mask=False, verbose=False)
     eos = tokenizer.eos_token_id
@@ -85,20 +88,35 @@ def encode_batch(
     return {"input_ids": input_ids, "labels": labels}
 
 
-def check_prefix(rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+def _encode_apart(
+    prompts: list[str], answers: list[str], tokenizer: PreTrainedTokenizerFast
+) -> dict[str, list[list[int]]]:
+    starts = encode_prompts(tokenizer, prompts)
+    ends = tokenizer(answers, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    ends = [[*ids, tokenizer.eos_token_id] for ids in ends]
+    return {
+        "input_ids": [start + end for start, end in zip(starts, ends, strict=True)],
+        "labels": [[IGNORED] * len(start) + end for start, end in zip(starts, ends, strict=True)],
+    }
+
+
+def check_prefix(
+    rows: pandas.DataFrame, *, tokenizer: PreTrainedTokenizerFast, template: str, style: str
+) -> None:
     """Refuse a template whose prompt, encoded alone, does not begin the encoding of prompt and answer.
 
     Raises:
         UserError: naming the row.
     """
-    encoded = encode_batch(rows.to_dict("list"), tokenizer=tokenizer, template=template)
+    encoded = encode_batch(rows.to_dict("list"), tokenizer=tokenizer, template=template, style=style)
     prompts = [
-        render_prompt(template, question=row.question, context=row.context) for row in rows.itertuples()
+        render_prompt(template, question=row.question, context=row.context, style=style)
+        for row in rows.itertuples()
     ]
     alone = encode_prompts(tokenizer, prompts)
     for i, (together, labels) in enumerate(zip(encoded["input_ids"], encoded["labels"], strict=True)):
         if alone[i] != together[: labels.count(IGNORED)]:
             raise UserError(
-                f"prompt template: this tokenizer joins the end of the prompt with the answer of row "
+                f"prompt_template: this tokenizer joins the end of the prompt with the answer of row "
                 f"{rows.index[i]}; the template must end with a line break."
             )

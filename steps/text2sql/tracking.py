@@ -19,10 +19,12 @@ import mlflow
 from mlflow.entities import Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_BRANCH,
     MLFLOW_GIT_COMMIT,
+    MLFLOW_GIT_REPO_URL,
     MLFLOW_PARENT_RUN_ID,
     MLFLOW_PROJECT_ENTRY_POINT,
     MLFLOW_PROJECT_ENV,
@@ -31,14 +33,22 @@ from mlflow.utils.mlflow_tags import (
 
 from steps.text2sql import manifest, processes
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import parse
+from steps.text2sql.params import parse, users_folder
 
 DATASET = "dataset"
 REJECTED = "rejected.jsonl"
+PROMPT = "prompt_template.txt"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.json"
+ROWS = "rows"
+ROWS_FILE = "rows.jsonl"
+REPORT = "report.html"
+SLICES = "slices.json"
+SLICES_PICTURE = "slices.png"
+COMPARISON = "comparison.json"
 MODEL = "model"
+TRAINING_ROWS = "training_rows"
 
 REGISTER_TRIES = 10
 CHALLENGER = "challenger"
@@ -55,9 +65,17 @@ TAG_MODEL_NAME = "registered_model_name"
 TAG_EVALUATION_RUN = "evaluation_run_id"
 TAG_EVALUATED_ROWS = "evaluated_rows_digest"
 TAG_REPLACED = "replaced_version"
+TAG_REPLACED_BY = "replaced_by_version"
 TAG_PROMOTED = "promoted"
 TAG_GATE_REASON = "gate_reason"
+# Before the names of the gate's numbers, as tags of a version.
+GATE = "gate_"
+# Before the number of a record, as tags of a registered model.
+PROMOTION = "promotion/"
+TAG_EXPORTED_TO = "exported_to"
 CHOSEN = "chosen"
+# Where the project came from, as MLflow notes it.
+SOURCE_TAGS = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_COMMIT, MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL)
 
 # main tells a step its fingerprint so that the run has it from its start, however it ends.
 FINGERPRINT_VARIABLE = "TEXT2SQL_FINGERPRINT"
@@ -104,8 +122,10 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
     _quiet()
     processes.stop_with_launchers()
     with processes.on_signals(processes.raise_interrupt):
+        check_store()
         mlflow.start_run()
         try:
+            take_source_of_parent()
             if FINGERPRINT_VARIABLE in os.environ:
                 mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
             body()
@@ -124,6 +144,29 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
 
 def _way_on(error: BaseException) -> str:
     return f" {error.go_on}" if isinstance(error, Interrupted) and error.go_on else ""
+
+
+def check_store() -> None:
+    """Refuse a store whose file each process would look for in its own folder, before one is made there."""
+    stores = {
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+    }
+    for name, uri in stores.items():
+        start, slashes, file = uri.partition(":///")
+        if start.startswith("sqlite") and slashes and not Path(file).is_absolute():
+            raise SystemExit(
+                f"\nError: {name}={uri}: is a relative path, but steps run in the project's folder; "
+                f"give the absolute form: {start}:///{users_folder() / file}"
+            )
+
+
+def take_source_of_parent() -> None:
+    """Note on a step's run where the project came from: main starts it from a folder, perhaps a clone."""
+    parent = _tags().get(MLFLOW_PARENT_RUN_ID)
+    if parent:
+        tags = mlflow.get_run(parent).data.tags
+        mlflow.set_tags({name: tags[name] for name in SOURCE_TAGS if name in tags})
 
 
 def _end(status: str, tag: str, reason: str) -> None:
@@ -176,6 +219,21 @@ def _quiet() -> None:
 def run_id() -> str:
     """Id of this step's run."""
     return mlflow.active_run().info.run_id
+
+
+def run_child(step: str, values: Mapping[str, str]) -> Run:
+    """Run a step as a child of this run, in this environment, a process of its own.
+
+    Raises:
+        UserError: it failed; its own message stands above on the screen.
+    """
+    try:
+        submitted = mlflow.projects.run(
+            uri=str(PROJECT), entry_point=step, parameters=dict(values), env_manager="local", run_name=step
+        )
+    except ExecutionException as error:
+        raise UserError(f"{step} failed; its message stands above. {error}") from error
+    return mlflow.get_run(submitted.run_id)
 
 
 def is_chained() -> bool:
@@ -461,6 +519,21 @@ def _versions(name: str) -> str:
     with suppress(MlflowException):  # a name that MLflow does not allow
         found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
     return ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
+
+
+def find_version(model_uri: str) -> ModelVersion:
+    """The registered version behind `models:/name/version` or `models:/name@alias`.
+
+    Raises:
+        UserError: there is no such model, version or alias.
+    """
+    name, _, alias = model_uri.removeprefix("models:/").partition("@")
+    if not alias:
+        return model_version(*name.split("/"))
+    try:
+        return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        raise UserError(f"model_uri={model_uri}: {error.message}") from error
 
 
 def git_commit() -> str:

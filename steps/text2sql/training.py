@@ -8,24 +8,24 @@ from typing import Any
 
 import datasets
 from peft import PeftModel
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-    TrainingArguments,
-)
+from peft.helpers import disable_input_dtype_casting
+from transformers import TrainerCallback, TrainingArguments
 
-from steps.text2sql.checkpoints import Checkpoints, ResumableTrainer
+from steps.text2sql import packed_attention
+from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import peak_memory_gib
+from steps.text2sql.memory_plan import Plan
 from steps.text2sql.sql_model import pick_device
+from steps.text2sql.tokenization import lengths
+from steps.text2sql.trainer import PackedTrainer
 
 EVALUATIONS = 3
 EVALUATION_ROWS = 64
-# Rows that a 24 GB GPU holds at once with a 7B base in 4 bits; more are accumulated.
-MICRO_BATCH_ROWS = 8
-# Over this a 7B base in nf4 needs no recomputation at 8 rows: 16.4 GiB were measured at 130 tokens a row.
-ROOMY_GPU_BYTES = 40 * 2**30
-SMALL_BASE_PARAMETERS = 1_000_000_000
+# Compiling takes this long (32 layers of Mistral-7B on an H100, cold) and then saves a third of the time.
+COMPILE_SECONDS = 25
+COMPILE_SAVES = 1 / 3
+# Share of the device's product rate that a training reaches without being compiled.
+USUAL_SHARE_OF_PEAK = 0.35
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -40,13 +40,24 @@ def learning_rate(parameters: int) -> float:
 
 
 def optimizer(device: str) -> str:
-    """`auto`: AdamW with paged 8-bit states on CUDA, whose states leave the GPU when it is full."""
-    return "paged_adamw_8bit" if device == "cuda" else "adamw_torch"
+    """`auto`: AdamW in fp32, fused into few launches on CUDA. Its states are small with LoRA: 8 bytes a
+    trainable parameter."""
+    return "adamw_torch_fused" if device == "cuda" else "adamw_torch"
 
 
-def recompute_activations(device: str, parameters: int, memory_bytes: int) -> bool:
-    """`auto` of gradient_checkpointing: a 1B or larger base on a GPU that is not roomy."""
-    return device == "cuda" and parameters >= SMALL_BASE_PARAMETERS and memory_bytes < ROOMY_GPU_BYTES
+def compiling_pays(*, tokens: float, frozen_parameters: int, operations_per_second: float) -> bool:
+    """`auto` of torch_compile: whether so many tokens take long enough to win the time of compiling back."""
+    seconds = tokens * operations_per_token(frozen_parameters) / (USUAL_SHARE_OF_PEAK * operations_per_second)
+    return seconds * COMPILE_SAVES > COMPILE_SECONDS
+
+
+def operations_per_token(frozen_parameters: int) -> int:
+    """Floating point operations of one token's forward and backward pass: 2 a parameter each.
+
+    Frozen weights need no gradient of their own, which would be 2 more (Kaplan et al., arXiv 2001.08361,
+    section 2.1, counts 6 in all). Attention scores and the adapter are left out, as is recomputation.
+    """
+    return 4 * frozen_parameters
 
 
 def total_steps(*, rows: int, batch_size: int, max_steps: int, num_train_epochs: float) -> int:
@@ -59,25 +70,19 @@ def evaluation_rows(*, steps: int, batch_size: int) -> int:
     return min(EVALUATION_ROWS, max(8, steps * batch_size // 8))
 
 
-def batch_shape(batch_size: int) -> dict[str, int]:
-    """Rows a micro-batch, and micro-batches a step, whose product is `batch_size`."""
-    rows = max(n for n in range(1, min(batch_size, MICRO_BATCH_ROWS) + 1) if batch_size % n == 0)
-    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batch_size // rows}
-
-
 def arguments(
-    output: Path, *, steps: int, batch_size: int, recompute: bool, **named: Any
+    output: Path, *, steps: int, batch_size: int, recompute: bool, has_dropout: bool = False, **named: Any
 ) -> TrainingArguments:
     """Trainer's settings for `steps` optimizer steps of `batch_size` rows; `named` go to it as they are."""
     device, dtype = pick_device()
     precision = {"float32": {}, "bfloat16": {"bf16": True}, "float16": {"fp16": True}}
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
-        **batch_shape(batch_size),
-        per_device_eval_batch_size=MICRO_BATCH_ROWS,
+        per_device_train_batch_size=batch_size,  # of all devices: see PackedTrainer
         gradient_checkpointing=recompute,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # Random states cannot be read while a CUDA graph is recorded, and count with dropout only.
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": has_dropout},
         use_cpu=device == "cpu",
         **precision[str(dtype).removeprefix("torch.")],
         eval_strategy="steps",
@@ -85,22 +90,29 @@ def arguments(
         logging_first_step=True,
         save_strategy="no",  # its checkpoints hold pickles; see checkpoints.py
         report_to=[],  # its MLflow callback drops parameters; see Reporter
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=device == "cuda",
+        logging_nan_inf_filter=False,  # would wait for the GPU after every step
         **named,
     )
+    if settings.n_gpu > 1:
+        settings._n_gpu = 1  # Trainer would spread one process over all GPUs by torch.nn.DataParallel
+    return settings
 
 
 class Reporter(TrainerCallback):
     """Hands the Trainer's numbers on under this project's names, with speed and memory.
 
     `log` takes (metrics, step). Speeds are means over the steps since the last report: `tokens_per_second`
-    counts prompt and answer, without padding.
+    counts prompt and answer, without padding; `mfu` is the model FLOPs utilization (Chowdhery et al., arXiv
+    2204.02311, appendix B): tokens per second times `operations_per_token`, over what the device reaches in
+    a large matrix product. `seconds_left` goes on at the speed so far.
     """
 
-    def __init__(self, log: Log, *, batch_size: int) -> None:
+    def __init__(
+        self, log: Log, *, batch_size: int, frozen_parameters: int, operations_per_second: float
+    ) -> None:
         self.log = log
         self.batch_size = batch_size
+        self.token_share = operations_per_token(frozen_parameters) / operations_per_second
         self.train_loss: list[tuple[int, float]] = []
         self.eval_loss: list[tuple[int, float]] = []
 
@@ -143,43 +155,65 @@ class Reporter(TrainerCallback):
         return {
             "samples_per_second": steps * self.batch_size / seconds,
             "tokens_per_second": tokens / seconds,
+            "mfu": tokens / seconds * self.token_share,
             "peak_memory_gib": peak_memory_gib(),
+            "seconds_left": (state.max_steps - state.global_step) * seconds / steps if steps else 0.0,
         }
+
+
+def validation_rows(data: datasets.DatasetDict, settings: TrainingArguments) -> datasets.Dataset | None:
+    """Rows of a validation in this training, or None if there are none."""
+    count = evaluation_rows(steps=settings.max_steps, batch_size=settings.train_batch_size)
+    rows = data["validation"].select_columns(["input_ids", "labels"])
+    return rows.select(range(min(count, len(rows)))) if len(rows) else None
+
+
+def compile_layers(model: PeftModel) -> None:
+    """Compile the decoder's layers: one compilation serves them all, for every number of tokens."""
+    for layer in model.get_base_model().get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 def train(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerFast,
     data: datasets.DatasetDict,
     *,
     settings: TrainingArguments,
+    plan: Plan,
+    replay: bool,
     callbacks: list[TrainerCallback],
     checkpoints: Checkpoints,
 ) -> float:
     """Train the adapter on `data["train"]`; the mean loss of an answer token comes back.
 
-    The loss counts labels only, so answer and EOS; the collator pads a batch to its own longest row.
+    `replay` records CUDA graphs: see `Gradients`.
     """
-    rows, validation = (
-        data[name].select_columns(["input_ids", "labels"]) for name in ("train", "validation")
-    )
-    count = evaluation_rows(
-        steps=settings.max_steps, batch_size=settings.train_batch_size * settings.gradient_accumulation_steps
-    )
-    validation = validation.select(range(min(count, len(validation))))
-    if not len(validation):
+    rows, validation = data["train"].select_columns(["input_ids", "labels"]), validation_rows(data, settings)
+    if validation is None:
         settings.eval_strategy = "no"
     model.config.use_cache = False
-    if settings.gradient_checkpointing:
-        model.enable_input_require_grads()
-    trainer = ResumableTrainer(
+    model.set_attn_implementation(packed_attention.NAME)
+    trainer = PackedTrainer(
         model=model,
         checkpoints=checkpoints,
         args=settings,
         train_dataset=rows,
-        eval_dataset=validation if len(validation) else None,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest"),
-        processing_class=tokenizer,
+        eval_dataset=validation,
         callbacks=callbacks,
+        plan=plan,
+        longest=longest_row(data),
+        replay=replay,
     )
-    return trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss
+    # Under autocast peft would cast every input to fp32, and autocast back.
+    with disable_input_dtype_casting(model, active=settings.bf16 or settings.fp16):
+        return trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss
+
+
+def mean_tokens(rows: datasets.Dataset) -> float:
+    """Tokens of a row, in the mean."""
+    return float(lengths(rows).mean())
+
+
+def longest_row(data: datasets.DatasetDict) -> int:
+    """Tokens of the longest row to train or validate on."""
+    return max(int(lengths(rows).max()) for rows in (data["train"], data["validation"]) if len(rows))

@@ -1,0 +1,228 @@
+"""What a gold query returns on made databases, and whether a prediction returns the same.
+
+Sound about order: rows that tie under gold's ORDER BY may come in any order, and of rows that tie at its
+LIMIT any may be returned. What depends on the order in which tables happen to hold their rows, or on SQLite's
+choice of a row from a group, is not compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlglot
+from sqlglot import exp
+
+from steps.text2sql.gold_query import parse_query
+from steps.text2sql.order_keys import Block, keyed_query
+from steps.text2sql.sql_execution import MadeDatabase, QueryError, Row, run_queries
+
+RELATIVE_TOLERANCE = 1e-9
+# More columns than these are only compared in gold's order.
+MOST_PERMUTED_COLUMNS = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What gold returns on one database; only `columns` are compared where others are a matter of luck."""
+
+    database: MadeDatabase
+    blocks: tuple[Block, ...]
+    width: int = 0
+    columns: tuple[int, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows that gold returns."""
+        return sum(block.taken for block in self.blocks)
+
+    def matches(self, found: Sequence[Row]) -> bool:
+        """Whether a prediction's rows are an answer too."""
+        if len(found) != self.length:
+            return False
+        if self.columns is not None:
+            found = _part(found, self.columns)
+        start = 0
+        for block in self.blocks:
+            if not _is_part(found[start : start + block.taken], block.rows):
+                return False
+            start += block.taken
+        return True
+
+
+def _is_part(found: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Whether each found row is one of the rows, none more often than there."""
+    if not Counter(found) - Counter(rows):
+        return True
+    if not any(isinstance(value, float) for row in found for value in row):
+        return False
+    left = list(rows)
+    for row in found:
+        match = next((i for i, other in enumerate(left) if _is_close(row, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+def _is_close(row: Row, other: Row) -> bool:
+    return len(row) == len(other) and all(
+        math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE)
+        if isinstance(a, int | float) and isinstance(b, int | float)
+        else a == b
+        for a, b in zip(row, other, strict=True)
+    )
+
+
+def _depends_on_storage(tree: exp.Expression) -> bool:
+    """Whether the order of the tables' rows may show: at a LIMIT, or in a value from any row of a group."""
+    if tree.find(exp.Limit, exp.Group, exp.Window, exp.GroupConcat, exp.Anonymous):
+        return True
+    return any(
+        any(p.find(exp.AggFunc) for p in select.expressions)
+        and not all(p.find(exp.AggFunc) for p in select.expressions)
+        for select in tree.find_all(exp.Select)
+    )
+
+
+def _with_chosen_rows(tree: exp.Expression, choice: str) -> str | None:
+    """The query with `choice` in place of each column that SQLite takes from any row of a group.
+
+    None where there is no such column. Beside a lone MIN or MAX there is none: its row is taken
+    (https://sqlite.org/lang_select.html#bareagg).
+    """
+    tree, is_changed = tree.copy(), False
+    for select in tree.find_all(exp.Select):
+        for column in _bare_columns(select):
+            column.replace(sqlglot.parse_one(choice.replace("?", column.sql("sqlite")), read="sqlite"))
+            is_changed = True
+    return tree.sql("sqlite") if is_changed else None
+
+
+def _bare_columns(select: exp.Select) -> list[exp.Column]:
+    group = select.args.get("group")
+    parts = [*select.expressions, select.args.get("having"), select.args.get("order")]
+    own = [n for part in parts if part for n in part.walk() if n.parent_select is select]
+    aggregates = [node for node in own if isinstance(node, exp.AggFunc)]
+    has_lone_extreme = sum(isinstance(node, exp.Min | exp.Max) for node in aggregates) == 1
+    if has_lone_extreme or not (group or aggregates):
+        return []
+    known = {p.alias.lower() for p in select.expressions if p.alias}
+    known |= {column.name.lower() for column in (group.find_all(exp.Column) if group else ())}
+    return [
+        node
+        for node in own
+        if isinstance(node, exp.Column)
+        and not isinstance(node.this, exp.Star)
+        and node.name.lower() not in known
+        and not node.find_ancestor(exp.AggFunc)
+    ]
+
+
+# The smallest value of a group, NULL before all, and the largest: the same where any row will do.
+CHOICES = ("CASE WHEN COUNT(?) = COUNT(*) THEN MIN(?) END", "MAX(?)")
+
+
+class GoldQuery:
+    """A gold query with the further queries that show what in its result is a matter of luck."""
+
+    def __init__(self, text: str) -> None:
+        tree = parse_query(text)
+        self.text = text
+        self._is_ordered = tree is not None and tree.args.get("order") is not None
+        self._is_settled = tree is not None and not _depends_on_storage(tree)
+        self._keyed = keyed_query(tree) if tree is not None else None
+        queries = [node for node in tree.find_all(exp.Query) if node is not tree] if tree is not None else []
+        self._inner = [k for node in queries if node.args.get("limit") and (k := keyed_query(node))]
+        chosen = [_with_chosen_rows(tree, choice) for choice in CHOICES] if tree is not None else []
+        self._chosen = [query for query in chosen if query]
+        outputs = tree.selects if isinstance(tree, exp.Query) else []
+        names = [p.alias or (p.name if isinstance(p, exp.Column) else p.sql()) for p in outputs]
+        self.may_permute = len(set(names)) == len(names)
+
+    def answer(self, database: MadeDatabase, *, timeout_seconds: float) -> Answer | None:
+        """What gold returns; None where so much of it is a matter of luck that nothing can be compared.
+
+        Raises:
+            QueryError: gold returns no result, or the database cannot be made.
+        """
+        keyed = [self._keyed] if self._keyed else []
+        queries = [self.text, *(k.text for k in (*keyed, *self._inner)), *self._chosen]
+        own, *further = run_queries(database, queries, timeout_seconds=timeout_seconds)
+        if isinstance(own, QueryError):
+            raise own
+        by_keys = further.pop(0) if keyed else None
+        inner = [further.pop(0) for _ in self._inner]
+        if any(isinstance(r, list) and k.cuts_a_tie(r) for k, r in zip(self._inner, inner, strict=True)):
+            return None
+        answer = Answer(database, self._blocks(own, by_keys), width=len(own[0]) if own else 0)
+        if self._is_settled:
+            return answer
+        turned = MadeDatabase(database.context, {t: rows[::-1] for t, rows in database.rows.items()})
+        further += run_queries(turned, [self.text], timeout_seconds=timeout_seconds)
+        return _settled(answer, own, [r for r in further if isinstance(r, list) and not answer.matches(r)])
+
+    def _blocks(self, own: list[Row], by_keys: list[Row] | QueryError | None) -> tuple[Block, ...]:
+        if not self._is_ordered:
+            return (Block(tuple(own), len(own)),)
+        if self._keyed and isinstance(by_keys, list):
+            blocks = self._keyed.blocks(by_keys)
+            if Answer(None, blocks).matches(own):
+                return blocks
+        return tuple(Block((row,), 1) for row in own)
+
+
+def _settled(answer: Answer, own: list[Row], others: Sequence[list[Row]]) -> Answer | None:
+    """The answer, or the columns of it that are the same in all other results that gold could have."""
+    if not others:
+        return answer
+    if any(len(other) != len(own) for other in others):
+        return None
+    columns = tuple(i for i in range(answer.width) if all(_same_part(own, other, (i,)) for other in others))
+    if not all(_same_part(own, other, columns) for other in others):
+        return None
+    left = _part(own, columns)
+    return Answer(answer.database, (Block(left, len(left)),), answer.width, columns)
+
+
+def _same_part(own: Sequence[Row], other: Sequence[Row], columns: tuple[int, ...]) -> bool:
+    return _is_part(_part(other, columns), _part(own, columns))
+
+
+def _part(rows: Sequence[Row], columns: tuple[int, ...]) -> tuple[Row, ...]:
+    return tuple(tuple(row[i] for i in columns) for row in rows)
+
+
+class Comparison:
+    """Compares a prediction's rows with gold's, database by database.
+
+    Columns may come in another order, as in Zhong et al., if it is the same one on all databases and gold's
+    columns have different names, so that a reader can tell them apart. Names themselves are not compared.
+    """
+
+    def __init__(self, *, may_permute: bool) -> None:
+        self._may_permute = may_permute
+        self._orders: list[tuple[int, ...]] | None = None
+
+    def agrees(self, answer: Answer, found: Sequence[Row]) -> bool:
+        """Whether the rows match on this database, in an order of columns that matched on those before."""
+        if len(found) != answer.length:
+            return False
+        if not found:
+            return True
+        if len(found[0]) != answer.width:
+            return False
+        if self._orders is None:
+            self._orders = list(self._possible_orders(answer.width))
+        self._orders = [
+            order for order in self._orders if answer.matches([tuple(row[i] for i in order) for row in found])
+        ]
+        return bool(self._orders)
+
+    def _possible_orders(self, width: int) -> Iterator[tuple[int, ...]]:
+        if self._may_permute and width <= MOST_PERMUTED_COLUMNS:
+            return itertools.permutations(range(width))
+        return iter([tuple(range(width))])

@@ -1,0 +1,82 @@
+"""Gradients of packs: computed as usual, or replayed as one CUDA graph for each shape of pack."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from steps.text2sql.packed_attention import summed_loss
+from steps.text2sql.packing import Pack
+
+
+class Gradients:
+    """Sums gradients of packs into one flat fp32 buffer, which every trainable parameter's `.grad` views.
+
+    With `replay` the launches of forward and backward are recorded at the first pack of a shape, and later
+    ones cost one launch: a step of a few thousand tokens is bound by launches otherwise (CUDA graphs,
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). That needs a model without dropout.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype, replay: bool) -> None:
+        self.model, self.longest, self.replay = model, longest, replay
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.device = self.parameters[0].device
+        self.autocast = dtype if dtype != torch.float32 else None
+        self.flat = torch.zeros(sum(one.numel() for one in self.parameters), device=self.device)
+        self.views = [
+            part.view_as(one)
+            for part, one in zip(
+                self.flat.split([one.numel() for one in self.parameters]), self.parameters, strict=True
+            )
+        ]
+        self.graphs: dict[tuple[int, ...], Callable[[Pack, torch.Tensor], torch.Tensor]] = {}
+        self.pool = None
+
+    def clear(self) -> None:
+        """Start a step: all gradients are zero."""
+        self.flat.zero_()
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            parameter.grad = view
+
+    def add(self, pack: Pack, scale: torch.Tensor) -> torch.Tensor:
+        """Add the gradient of `scale` (a scalar) times the pack's summed loss; that product comes back."""
+        if not self.replay:
+            return self._compute(pack.to(self.device), scale)
+        shape = (pack.input_ids.shape[1], pack.answers.shape[0], pack.offsets.shape[0])
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(pack.to(self.device), scale.clone())
+        return self.graphs[shape](pack, scale)
+
+    def forget_graphs(self) -> None:
+        """Give back the memory of all recordings."""
+        self.graphs.clear()
+        self.pool = None
+
+    def _compute(self, pack: Pack, scale: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext():
+            loss = summed_loss(self.model, pack, longest=self.longest) * scale
+        loss.backward()
+        return loss.detach()
+
+    def _capture(self, held: Pack, held_scale: torch.Tensor) -> Callable[[Pack, torch.Tensor], torch.Tensor]:
+        before = self.flat.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and sets up what may not be set up while recording
+            self._compute(held, held_scale)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self._compute(held, held_scale)
+        self.pool = graph.pool()
+        self.flat.copy_(before)
+
+        def replay(pack: Pack, scale: torch.Tensor) -> torch.Tensor:
+            for place, part in zip(held, pack, strict=True):
+                place.copy_(part, non_blocking=True)
+            held_scale.copy_(scale)
+            graph.replay()
+            return loss.clone()
+
+        return replay

@@ -1,0 +1,121 @@
+"""The model card: what a version was made of, how well it does, where its limits are, and how to use it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from steps.text2sql.manifest import AdapterManifest, DatasetManifest
+
+FILE = "README.md"
+# A server's database keeps so many characters of a version's description (MLflow's column is String(5000)).
+MAX_CHARACTERS = 5000
+
+
+class Score(NamedTuple):
+    """A share of rows, 0 to 1: of the version with the ends of its 95 % interval, and of its base alone."""
+
+    tuned: float
+    low: float
+    high: float
+    base: float
+
+
+def render(
+    described: AdapterManifest,
+    lora: Mapping[str, Any],
+    *,
+    name: str,
+    scores: Mapping[str, Score] | None = None,
+    evaluated_rows: int = 0,
+) -> str:
+    """The card as Markdown, under `MAX_CHARACTERS` long.
+
+    `lora` is what peft wrote as adapter_config.json, `name` the registered model's, `scores` are by metric.
+    """
+    source = described.of_dataset
+    scored = _scores(scores, evaluated_rows) if scores else "Not evaluated yet."
+    sections = {
+        "Base": _base(source, described.quantization),
+        "Data": _data(source),
+        "Recipe": _recipe(described, lora),
+        "Scores": scored,
+        "Limits": LIMITS,
+        "Use": USE.format(name=name),
+    }
+    intro = "Writes an SQL query for a question and, as context, the `CREATE TABLE` statements of its tables."
+    return (
+        "\n\n".join([f"# {name}", intro, *(f"## {title}\n\n{text}" for title, text in sections.items())])
+        + "\n"
+    )
+
+
+LIMITS = """\
+* Nothing checks the SQL: it can be wrong, slow, or change data. Run it with an account that may only read.
+* It sees the context alone, no rows and nothing that the statements do not say, and each question by itself.
+* It knows questions and tables of the kind that the data has; scores on others will differ.
+* The adapter was trained on the base as it is quantized here; on another form of it the answers differ."""
+
+USE = """\
+```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/{name}@champion")
+model.predict([{{"question": "How many heads are there?", "context": "CREATE TABLE head (age INTEGER)"}}])
+
+pipeline = mlflow.transformers.load_model("models:/{name}@champion")  # takes filled prompt templates
+```
+
+`mlflow models serve -m models:/{name}@champion --env-manager uv` serves it."""
+
+
+def license_name(text: str) -> str:
+    """The first two lines of a licence that are not empty, where its name stands."""
+    return ", ".join([line.strip() for line in text.splitlines() if line.strip()][:2])[:200]
+
+
+def _base(source: DatasetManifest, quantization: str) -> str:
+    commit = f", {source.base_commit}" if source.base_commit else ""
+    return _list(
+        f"`{source.base_model}`{commit}; not part of the package, loaded by this reference",
+        f"quantization: {quantization}",
+        f"licence: {license_name(source.base_license)} (in full in `artifacts/BASE_MODEL_LICENSE`)",
+    )
+
+
+def _data(source: DatasetManifest) -> str:
+    counts = ", ".join(f"{count} {what}" for what, count in _rows(source.counts).items())
+    commit = f", commit {source.dataset_commit}" if source.dataset_commit else ""
+    return _list(
+        f"`{source.dataset}` (`{source.dataset_source}`{commit})",
+        f"rows: {counts}",
+        f"split by {source.split_by}, test_size {source.test_size}, seed {source.seed}",
+        f"digest of the prepared rows: `{source.dataset_digest}`",
+    )
+
+
+def _rows(counts: Mapping[str, int]) -> dict[str, int]:
+    wanted = ("train", "validation", "test")
+    return {name: int(counts[f"rows_{name}"]) for name in wanted if f"rows_{name}" in counts}
+
+
+def _recipe(described: AdapterManifest, lora: Mapping[str, Any]) -> str:
+    layers = ", ".join(sorted({name.split(".")[-1] for name in lora["target_modules"]}))
+    return _list(
+        f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}",
+        f"on {layers}",
+        f"{described.global_step} of {described.max_steps} optimizer steps, rows of at most "
+        f"{described.of_dataset.max_length} tokens",
+        "loss on the answer alone, which ends with EOS",
+    )
+
+
+def _scores(scores: Mapping[str, Score], evaluated_rows: int) -> str:
+    rows = [
+        f"| {name} | {score.base:.1%} | {score.tuned:.1%} | {score.low:.1%} to {score.high:.1%} |"
+        for name, score in scores.items()
+    ]
+    head = ["| metric | base | this version | 95 % interval |", "| --- | --- | --- | --- |"]
+    return "\n".join([f"On {evaluated_rows} test rows, greedy:", "", *head, *rows])
+
+
+def _list(*lines: str) -> str:
+    return "\n".join(f"* {line}" for line in lines)

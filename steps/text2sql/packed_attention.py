@@ -1,0 +1,111 @@
+"""Attention within the rows of a pack, as transformers takes it, and the loss that uses it."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from steps.text2sql.packing import Pack
+from steps.text2sql.tokenization import IGNORED
+
+NAME = "text2sql_packed"
+# torch 2.11 takes fewer key than query heads without being told, later ones want to be told.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# What some models hand to their attention and this one does not compute.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **named: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of each row to itself; tensors are `(1, heads, tokens, head size)`, the result
+    `(1, tokens, heads, head size)`.
+
+    On CUDA one variable-length flash attention (arXiv 2307.08691), elsewhere row by row.
+
+    Raises:
+        NotImplementedError: the model asks for more, such as a soft cap on the scores.
+    """
+    asked = [name for name in UNSUPPORTED if named.get(name) is not None]
+    if asked or dropout:
+        raise NotImplementedError(f"packed attention without {', '.join(asked) or 'dropout'}")
+    window = sliding_window if sliding_window and sliding_window < max_length_q else None
+    if query.is_cuda:
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
+    return _row_by_row(query, key, value, cu_seq_lens_q, scaling, window), None
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    parts = (part[0].transpose(0, 1) for part in (query, key, value))
+    left = window - 1 if window else -1
+    return varlen_attn(
+        *parts, offsets, offsets, longest, longest, scale=scaling, window_size=(left, 0), **GROUPED
+    )[None]
+
+
+def _row_by_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    lengths = offsets.diff().tolist()
+    rows = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    found = [
+        scaled_dot_product_attention(
+            *row, **_causal(row[0].shape[2], window, row[0].device), scale=scaling, enable_gqa=True
+        )
+        for row in rows
+    ]
+    return torch.cat(found, dim=2).transpose(1, 2)
+
+
+def _causal(length: int, window: int | None, device: torch.device) -> dict[str, Any]:
+    if not window or length <= window:
+        return {"is_causal": True}
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return {"attn_mask": (distance >= 0) & (distance < window)}
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+def summed_loss(model: PreTrainedModel, pack: Pack, *, longest: int) -> torch.Tensor:
+    """Negative log likelihood of a pack's answer tokens, summed, in nats (fp32 scalar).
+
+    Logits are computed at the answers alone. `longest` is not under the length of any row.
+    """
+    logits = model(
+        input_ids=pack.input_ids,
+        position_ids=pack.position_ids,
+        cu_seq_lens_q=pack.offsets,
+        max_length_q=longest,
+        logits_to_keep=pack.answer_positions,
+        use_cache=False,
+    ).logits[0]
+    return cross_entropy(logits.float(), pack.answers, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,111 @@
+"""Rows into packs: micro-batches without padding between rows, in which no row sees another."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from steps.text2sql.tokenization import IGNORED
+
+Row = Mapping[str, Sequence[int]]
+
+
+class Pack(NamedTuple):
+    """Rows one after the other, as tensors on one device.
+
+    `input_ids` and `position_ids` are `(1, tokens)`, positions begin at 0 in each row. `offsets`
+    `(rows + 2,)` int32 has the first token of each row, of the filler behind them, and the end.
+    `answer_positions` and `answers` are `(slots,)`: where the model has to say which token; unused slots say
+    `IGNORED`.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    offsets: torch.Tensor
+    answer_positions: torch.Tensor
+    answers: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """The same on another device."""
+        return Pack(*(part.to(device, non_blocking=True) for part in self))
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of the rows of each pack, by first-fit decreasing (Johnson 1973).
+
+    A row longer than `capacity` gets a pack of its own.
+    """
+    packs: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = next((pack for pack, room in enumerate(free) if room >= lengths[i]), None)
+        if fitting is None:
+            packs.append([i])
+            free.append(capacity - lengths[i])
+        else:
+            packs[fitting].append(i)
+            free[fitting] -= lengths[i]
+    return packs
+
+
+def pack(rows: Sequence[Row], *, capacity: int, multiple: int = 1) -> list[Pack]:
+    """Pack tokenized rows (`input_ids`, `labels`) into micro-batches of at most `capacity` tokens.
+
+    With a `multiple`, tokens are filled up to one of its multiples and every `offsets` has the same length,
+    so that few shapes occur and a recorded step can be replayed.
+    """
+    groups = first_fit([len(row["input_ids"]) for row in rows], capacity)
+    return [_join([rows[i] for i in group], multiple, places=len(rows)) for group in groups]
+
+
+def pack_evenly(rows: Sequence[Row], *, capacity: int, multiple: int, processes: int) -> list[Pack]:
+    """As `pack`, in as many packs for each process as for the others, of much the same size.
+
+    Where rows do not suffice, packs without an answer make up the number.
+    """
+    if processes == 1:
+        return pack(rows, capacity=capacity, multiple=multiple)
+    lengths = [len(row["input_ids"]) for row in rows]
+    count = processes * -(-sum(lengths) // (processes * capacity))
+    even = max(max(lengths), -(-sum(lengths) // count))
+    while len(first_fit(lengths, even)) > count and even < capacity:
+        even = min(capacity, even + 1 + even // 50)
+    packs = pack(rows, capacity=even, multiple=multiple)
+    return packs + [empty_like(packs[-1])] * (-len(packs) % processes)
+
+
+def answer_tokens(rows: Sequence[Row]) -> int:
+    """Tokens that the loss of these rows is the mean of; a row's first token has nothing before it."""
+    return sum(label != IGNORED for row in rows for label in row["labels"][1:])
+
+
+def empty_like(full: Pack) -> Pack:
+    """A pack of the same shape without an answer: a process without rows computes along with the others."""
+    return full._replace(answers=torch.full_like(full.answers, IGNORED))
+
+
+def _join(rows: Sequence[Row], multiple: int, *, places: int) -> Pack:
+    ids = [token for row in rows for token in row["input_ids"]]
+    tokens = -(-len(ids) // multiple) * multiple
+    ends = torch.tensor([0, *(len(row["input_ids"]) for row in rows)]).cumsum(0)
+    positions = torch.cat(
+        [torch.arange(len(row["input_ids"])) for row in rows] + [torch.arange(tokens - len(ids))]
+    )
+    offsets = torch.full((places + 2,) if multiple > 1 else (len(rows) + 1,), tokens, dtype=torch.int32)
+    offsets[: len(ends)] = ends
+    labels = [label for row in rows for label in (IGNORED, *row["labels"][1:])]
+    # Half of the tokens, or all: one number of slots for each number of tokens, nearly always.
+    where, answers = _answers(labels, slots=[tokens // 2, tokens] if multiple > 1 else [])
+    filled = torch.zeros(1, tokens, dtype=torch.int64)
+    filled[0, : len(ids)] = torch.tensor(ids)
+    return Pack(filled, positions[None], offsets, where, answers)
+
+
+def _answers(labels: Sequence[int], *, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    every = torch.tensor(labels)
+    places = (every != IGNORED).nonzero()[:, 0]
+    size = next((size for size in slots if size >= len(places)), len(places))
+    where, answers = torch.zeros(size, dtype=torch.int64), torch.full((size,), IGNORED)
+    # The token before says it.
+    where[: len(places)], answers[: len(places)] = places - 1, every[places]
+    return where, answers

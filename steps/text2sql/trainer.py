@@ -1,0 +1,138 @@
+"""transformers' Trainer with packs: one item of its data loader is an optimizer step's rows."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import TrainingArguments
+
+from steps.text2sql import packing
+from steps.text2sql.checkpoints import ResumableTrainer
+from steps.text2sql.errors import UserError
+from steps.text2sql.gradients import Gradients
+from steps.text2sql.memory_plan import Plan
+from steps.text2sql.packed_attention import summed_loss
+from steps.text2sql.packing import Pack, Row
+
+logger = logging.getLogger(__name__)
+# Shapes of packs differ by this many tokens on a GPU, where every shape is recorded once.
+SHAPE_TOKENS = 128
+
+
+class Shuffled(SeedableRandomSampler):
+    """Rows in the order of seed and epoch, also in a training that goes on amid an epoch."""
+
+    epoch_now: Callable[[], int]
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of all rows."""
+        self.set_epoch(self.epoch_now())
+        yield from super().__iter__()
+
+
+class PackedTrainer(ResumableTrainer):
+    """Trains on rows with `input_ids` and `labels`; the loss is the mean over all answer tokens of a step.
+
+    Every process sees the rows of the whole step in the same order and computes its share of the packs. That
+    order is a function of seed and epoch alone.
+    """
+
+    def __init__(self, *args: Any, plan: Plan, longest: int, replay: bool, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.plan = plan
+        self.multiple = SHAPE_TOKENS if replay else 1
+        self.longest = -(-longest // SHAPE_TOKENS) * SHAPE_TOKENS
+        self.gradients = Gradients(
+            self.model, longest=self.longest, dtype=compute_dtype(self.args), replay=replay
+        )
+        self.has_halved = False
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of rows, unpadded and not divided among processes."""
+        size = self.args.train_batch_size
+        sampler = Shuffled(self.train_dataset, generator=torch.Generator(), data_seed=self.args.seed)
+        sampler.epoch_now = lambda: self.state.global_step // -(-len(self.train_dataset) // size)
+        return self._loader(self.train_dataset, size, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All validation rows at once, so that their loss is the mean over their answer tokens."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(rows, len(rows), SequentialSampler(rows))
+
+    def _loader(self, rows: Any, size: int, sampler: Any) -> DataLoader:
+        return DataLoader(rows, batch_size=size, sampler=sampler, collate_fn=list)
+
+    def training_step(self, model: Any, rows: list[Row], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Gradients of a step; when memory runs out, once in a training, the step starts again with halves.
+
+        Raises:
+            UserError: memory ran out twice.
+        """
+        model.train()
+        try:
+            return self._step(model, rows)
+        except torch.cuda.OutOfMemoryError as error:
+            if self.has_halved:
+                raise UserError(
+                    f"the GPU is out of memory with {self.plan.tokens} tokens at once too; "
+                    "give gradient_checkpointing=yes, or prepare the data with a smaller max_length."
+                ) from error
+        self._halve()
+        return self._step(model, rows)
+
+    def _halve(self) -> None:
+        self.has_halved, self.plan = True, self.plan.halved()
+        logger.warning("\nOut of memory: going on with %d tokens at once", self.plan.tokens)
+        self.gradients.forget_graphs()
+        torch.cuda.empty_cache()
+
+    def _step(self, model: Any, rows: list[Row]) -> torch.Tensor:
+        self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
+        share = torch.tensor(1 / packing.answer_tokens(rows), device=self.args.device)
+        loss = self._sharded(model, rows, share) if self.is_fsdp_enabled else self._whole(rows, share)
+        if self.args.world_size > 1:
+            dist.all_reduce(loss)
+        return loss
+
+    def _whole(self, rows: list[Row], share: torch.Tensor) -> torch.Tensor:
+        scaler = self.accelerator.scaler  # of fp16, whose small gradients would vanish
+        scale = scaler.scale(share) if scaler else share
+        self.gradients.clear()
+        loss = sum(self.gradients.add(one, scale) for one in self._packs(rows))
+        if self.args.world_size > 1:
+            dist.all_reduce(self.gradients.flat)
+        return loss * share / scale
+
+    def _sharded(self, model: Any, rows: list[Row], share: torch.Tensor) -> torch.Tensor:
+        losses = []
+        for one in self._packs(rows):
+            with self.compute_loss_context_manager():
+                loss = summed_loss(model, one.to(self.args.device), longest=self.longest) * share
+            self.accelerator.backward(loss * self.args.world_size)  # FSDP takes the mean over processes
+            losses.append(loss.detach())
+        return sum(losses)
+
+    def _packs(self, rows: list[Row]) -> list[Pack]:
+        packs = packing.pack_evenly(
+            rows, capacity=self.plan.tokens, multiple=self.multiple, processes=self.args.world_size
+        )
+        return packs[self.args.process_index :: self.args.world_size]
+
+    def prediction_step(
+        self, model: Any, inputs: list[Row], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Mean loss of the rows' answer tokens. Layers run as they are: compiling them once more for a
+        pass without gradients takes longer."""
+        packs = packing.pack(inputs, capacity=self.plan.tokens)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.compute_loss_context_manager():
+            loss = sum(summed_loss(model, one.to(self.args.device), longest=self.longest) for one in packs)
+        return loss / packing.answer_tokens(inputs), None, None
+
+
+def compute_dtype(settings: TrainingArguments) -> torch.dtype:
+    """What the forward pass computes in, under autocast where it is not fp32."""
+    return torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else torch.float32

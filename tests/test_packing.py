@@ -1,0 +1,144 @@
+"""Rows into packs, and attention and loss within them."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from steps.text2sql import packed_attention, packing
+
+SHAPE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def row(length, answer, *, first=3):
+    """Tokens `first`, `first` + 1, … of which the last `answer` are to be learned."""
+    ids = list(range(first, first + length))
+    return {"input_ids": ids, "labels": [-100] * (length - answer) + ids[length - answer :]}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS)).eval()
+
+
+def losses_alone(model, rows):
+    """Summed loss of each row by itself, with the model's own attention."""
+    with torch.no_grad():
+        return [
+            torch.nn.functional.cross_entropy(
+                model(torch.tensor([one["input_ids"]])).logits[0, :-1],
+                torch.tensor(one["labels"][1:]),
+                reduction="sum",
+            ).item()
+            for one in rows
+        ]
+
+
+def test_first_fit_takes_the_longest_first_and_the_first_pack_with_room():
+    # 6 | 5 | 4 with 6 | 3 with 5 | 2 with 5 and 3
+    assert packing.first_fit([5, 4, 6, 2, 3], capacity=10) == [[2, 1], [0, 4, 3]]
+
+
+def test_a_row_longer_than_the_capacity_is_alone_and_whole():
+    packs = packing.pack([row(12, 2), row(3, 1)], capacity=8)
+    assert [pack.input_ids.shape[1] for pack in packs] == [12, 3]
+
+
+def test_a_pack_has_its_rows_with_positions_and_offsets_of_their_own():
+    [pack] = packing.pack([row(4, 2), row(3, 1, first=50)], capacity=10)
+    assert pack.input_ids.tolist() == [[3, 4, 5, 6, 50, 51, 52]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert pack.offsets.tolist() == [0, 4, 7]
+
+
+def test_an_answer_is_foretold_at_the_token_before_it():
+    [pack] = packing.pack([row(4, 2), row(3, 1, first=50)], capacity=10)
+    assert pack.answer_positions.tolist() == [1, 2, 5]
+    assert pack.answers.tolist() == [5, 6, 52]
+
+
+def test_nothing_foretells_the_first_token_of_a_row():
+    rows = [row(3, 3), row(3, 3, first=50)]
+    [pack] = packing.pack(rows, capacity=10)
+    assert pack.answers.tolist() == [4, 5, 51, 52]
+    assert packing.answer_tokens(rows) == 4
+
+
+def test_with_a_multiple_all_packs_of_as_many_rows_have_few_shapes():
+    few, many = (packing.pack([row(n, 2)] * 3, capacity=64, multiple=16)[0] for n in (6, 10))
+    assert [part.shape for part in few._replace(offsets=few.offsets)] == [
+        (1, 32),
+        (1, 32),
+        (5,),
+        (16,),
+        (16,),
+    ]
+    assert few.offsets.tolist() == [0, 6, 12, 18, 32]
+    assert [part.shape for part in many] == [part.shape for part in few]
+
+
+@pytest.mark.parametrize(("capacity", "multiple"), [(16, 1), (40, 1), (500, 1), (64, 16)])
+def test_rows_of_a_pack_do_not_see_each_other(model, capacity, multiple):
+    rows = [row(5 + 3 * i, 2 + i, first=3 + 20 * i) for i in range(6)]
+    expected = losses_alone(model, rows)
+    model.set_attn_implementation(packed_attention.NAME)
+    with torch.no_grad():
+        packs = packing.pack(rows, capacity=capacity, multiple=multiple)
+        found = sum(packed_attention.summed_loss(model, pack, longest=128).item() for pack in packs)
+    assert found == pytest.approx(sum(expected), rel=1e-6)
+
+
+def test_the_order_within_a_pack_does_not_change_a_rows_loss(model):
+    rows = [row(9, 4), row(9, 4, first=60)]
+    model.set_attn_implementation(packed_attention.NAME)
+    with torch.no_grad():
+        found = [
+            packed_attention.summed_loss(model, packing.pack(order, capacity=20)[0], longest=20).item()
+            for order in (rows, rows[::-1])
+        ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_sliding_window_is_that_of_the_model():
+    torch.manual_seed(0)
+    mistral = MistralForCausalLM(MistralConfig(**SHAPE, **HEADS, sliding_window=4)).eval()
+    rows = [row(20, 10), row(12, 4, first=60)]
+    expected = losses_alone(mistral, rows)
+    mistral.set_attn_implementation(packed_attention.NAME)
+    with torch.no_grad():
+        [pack] = packing.pack(rows, capacity=40)
+        found = packed_attention.summed_loss(mistral, pack, longest=20).item()
+    assert found == pytest.approx(sum(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
+def test_attention_that_is_more_than_this_is_refused(asked):
+    parts = (torch.zeros(1, 4, 3, 8) for _ in range(3))
+    offsets = torch.tensor([0, 3])
+    with pytest.raises(NotImplementedError, match=next(iter(asked))):
+        packed_attention.packed_attention(
+            None, *parts, None, scaling=1.0, cu_seq_lens_q=offsets, max_length_q=3, **asked
+        )
+
+
+@pytest.mark.parametrize(("count", "processes"), [(8, 2), (7, 2), (1, 2), (8, 3), (5, 8)])
+def test_every_process_gets_as_many_packs_and_no_row_is_lost(count, processes):
+    rows = [row(5 + i, 2) for i in range(count)]
+    packs = packing.pack_evenly(rows, capacity=40, multiple=1, processes=processes)
+    assert len(packs) % processes == 0
+    answers = [token for pack in packs for token in pack.answers.tolist() if token != -100]
+    assert sorted(answers) == sorted(token for one in rows for token in one["labels"] if token != -100)
+
+
+def test_processes_share_the_tokens_evenly():
+    rows = [row(20 + i, 2) for i in range(16)]
+    first, second = packing.pack_evenly(rows, capacity=4096, multiple=1, processes=2)
+    sizes = [pack.input_ids.shape[1] for pack in (first, second)]
+    assert max(sizes) < 1.2 * min(sizes)
+
+
+def test_a_pack_without_answers_has_no_loss(model):
+    model.set_attn_implementation(packed_attention.NAME)
+    empty = packing.empty_like(packing.pack([row(6, 2)], capacity=10)[0])
+    assert packed_attention.summed_loss(model, empty, longest=10).item() == 0
