@@ -46,6 +46,11 @@ def test_exactly_the_usual_files_are_written_and_nothing_beside_them(exported):
     assert [path.name for path in exported.folder.parent.iterdir()] == ["merged"]
 
 
+def test_whoever_may_read_the_configuration_may_read_all_files(exported):
+    expected = (exported.folder / "config.json").stat().st_mode
+    assert {path.stat().st_mode for path in exported.folder.iterdir()} == {expected}
+
+
 def test_the_configuration_is_a_plain_llamas_without_quantization_or_paths(exported, tiny_base):
     text = (exported.folder / "config.json").read_text()
     config = json.loads(text)

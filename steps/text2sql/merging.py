@@ -122,6 +122,10 @@ def write(
     model = merge(adapter, source.base_model, described.quantization).to(dtype)
     model.generation_config = GenerationConfig.from_pretrained(package)
     model.save_pretrained(folder)
+    for weights in folder.glob(
+        "*.safetensors"
+    ):  # written for their owner alone, but an engine is another user
+        weights.chmod((folder / "config.json").stat().st_mode)
     AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(folder)
     (folder / PROMPT_TEMPLATE).write_text(source.prompt_template, encoding="utf-8")
     (folder / LICENSE).write_text(source.base_license, encoding="utf-8")

@@ -441,8 +441,6 @@ class QuantizedBase:
         model = load_base(os.path.expanduser(config.base_model), config.quantization)
         # Without it the pipeline would sample, or do what the base's authors preferred.
         model.generation_config = GenerationConfig.from_pretrained(package)
-        # On a GPU, MLflow names the device to the pipeline, which refuses that for a model with this note.
-        vars(model).pop("hf_device_map", None)
         return model
 
 
