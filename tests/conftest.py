@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +43,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Small enough for seconds on one core, large enough that a loss can fall.
+# For a server that a test starts.
+START_LIMIT_SECONDS = 120
 QUICK = {"max_steps": 6, "batch_size": 4, "lora_r": 4, "lora_alpha": 8, "logging_steps": 1, "save_steps": 2}
 
 
@@ -200,3 +205,15 @@ def chain(finished_chain: SimpleNamespace) -> Iterator[SimpleNamespace]:
     """The finished chain, with MLflow on its store."""
     with tracking_at(finished_chain.store):
         yield finished_chain
+
+
+def wait_for(url, process, log):
+    """Wait until a URL answers, at most START_LIMIT_SECONDS."""
+    end = time.monotonic() + START_LIMIT_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    pytest.fail(f"{url} did not answer:\n{log.read_text()[-3000:]}")

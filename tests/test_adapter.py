@@ -32,6 +32,7 @@ DESCRIBED = AdapterManifest(
         "dataset_digest": "f00",
         "tokenizer_fingerprint": "ba4",
         "prompt_template": "{context}{question}",
+        "prompt_style": "plain",
         "max_length": 512,
         "split_by": "schema",
         "test_size": 0.2,

@@ -23,10 +23,11 @@ from tests.conftest import (
     failure,
     plain_rows,
     tracking_at,
+    wait_for,
     words,
     write_jsonl,
 )
-from tests.test_mlflow_run import environment, wait_for
+from tests.test_mlflow_run import environment
 
 
 @pytest.fixture(autouse=True)

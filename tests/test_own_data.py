@@ -22,6 +22,8 @@ from tests.conftest import (
     write_tiny_base,
 )
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "Schema {{SQLite}}:\n{context}\nAsked:\n{question}\n"
 COLUMNS = {"question_column": "Frage", "context_column": "ddl", "answer_column": "sql query"}
 

@@ -3,7 +3,6 @@
 import json
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 
@@ -12,6 +11,7 @@ import pandas
 import pytest
 
 from steps.text2sql import sample_data
+from tests.conftest import wait_for
 from tests.test_mlflow_run import environment
 
 pytestmark = pytest.mark.slow
@@ -27,21 +27,6 @@ ROWS = [
 QUESTIONS = [{"question": row["question"]} for row in ROWS]
 SPLIT = {"columns": ["question", "context"], "data": [list(row.values()) for row in ROWS]}
 COLUMNS = {name: [row[name] for row in ROWS] for name in ("question", "context")}
-
-
-START_LIMIT_SECONDS = 120
-
-
-def wait_for(url, process, log):
-    """Wait until a URL answers, at most START_LIMIT_SECONDS."""
-    end = time.monotonic() + START_LIMIT_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.2)
-    pytest.fail(f"{url} did not answer:\n{log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")
