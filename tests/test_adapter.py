@@ -28,7 +28,6 @@ DESCRIBED = AdapterManifest(
         "dataset_commit": "",
         "dataset_config": "",
         "dataset_split": "",
-        "prompt_style": "plain",
         "dataset_digest": "f00",
         "tokenizer_fingerprint": "ba4",
         "prompt_template": "{context}{question}",

@@ -58,7 +58,10 @@ def tokenizer():
 
 def encode(row):
     return tokenization.encode_batch(
-        {name: [value] for name, value in row.items()}, tokenizer=tokenizer(), template=PROMPT_TEMPLATE
+        {name: [value] for name, value in row.items()},
+        tokenizer=tokenizer(),
+        template=PROMPT_TEMPLATE,
+        style="plain",
     )
 
 

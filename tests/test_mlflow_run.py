@@ -211,10 +211,10 @@ def test_main_against_a_tracking_server(server, tiny_base, tmp_path):
         assert (package / "artifacts" / "adapter" / "adapter_model.safetensors").is_file()
         # Rows of a file have no database; some are made for them.
         assert children[3].data.metrics["execution_accuracy"] == 0
-        assert children[4].data.tags["promoted"] == "no"
-        assert "champion" not in mlflow.MlflowClient().get_registered_model("text2sql").aliases
-    reason = "execution_accuracy is missing"
-    assert reason in done.stdout[done.stdout.index("text2sql version 1 is not champion") :]
+        assert children[4].data.tags["promoted"] == "yes"
+        assert mlflow.MlflowClient().get_registered_model("text2sql").aliases["champion"] == "1"
+    reason = "first champion, execution_accuracy 0.0000"
+    assert reason in done.stdout[done.stdout.index("text2sql version 1 is champion") :]
 
 
 def test_a_relative_store_ends_main_with_its_absolute_form(tmp_path):

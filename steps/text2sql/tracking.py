@@ -266,7 +266,8 @@ def downloaded(uri: str, *, parameter: str, needs: str) -> Iterator[Path]:
             raise UserError(f"{parameter}={uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
         if not (path / needs).is_file():
             raise UserError(f"{parameter}={uri}: has no {needs}. {_artifacts_of(uri)}")
-        manifest.check(path, source=f"{parameter}={uri}")
+        if (path / manifest.FILE).is_file():
+            manifest.check(path, source=f"{parameter}={uri}")
         yield path
 
 
