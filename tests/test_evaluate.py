@@ -1,7 +1,6 @@
 """evaluate on a tiny base: any rows, batches that fit, and what shows up in MLflow."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,8 @@ import torch
 from mlflow.artifacts import download_artifacts, load_dict, load_text
 from transformers import LlamaConfig
 
-from steps.text2sql import evaluation, packaging, sql_model
+from steps.text2sql import evaluation, manifest, packaging, sql_model
+from steps.text2sql.manifest import DatasetManifest
 from tests.conftest import call_step, failure, plain_rows, write_jsonl
 
 NAMES = ("execution_accuracy", "exact_match", "valid_sql")
@@ -213,7 +213,7 @@ def test_an_empty_test_split_is_refused(chain, tmp_path):
     found["test"] = found["test"].select([])
     emptied = tmp_path / "emptied"
     found.save_to_disk(emptied)
-    shutil.copy(folder / "manifest.json", emptied)
+    manifest.write(manifest.read(DatasetManifest, folder, source="dataset"), emptied)
     message = refused(model_uri="models:/text2sql/1", dataset_uri=emptied)
     assert f"dataset_uri={emptied}: its test split has no rows" in message
 
