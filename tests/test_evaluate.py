@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from steps.text2sql import evaluation, manifest, packaging, sql_model
 from steps.text2sql.manifest import DatasetManifest
-from tests.conftest import call_step, failure, plain_rows, write_jsonl
+from tests.conftest import call_step, failure, plain_rows, tracking_at, write_jsonl
 
 NAMES = ("execution_accuracy", "exact_match", "valid_sql")
 
@@ -22,10 +22,10 @@ NAMES = ("execution_accuracy", "exact_match", "valid_sql")
 @pytest.fixture(scope="module")
 def sample_again(finished_chain, tmp_path_factory):
     """The version scored on the rows that its evaluation kept, as promote asks for it."""
-    mlflow.set_tracking_uri(finished_chain.store)
-    rows = f"runs:/{finished_chain.evaluate.info.run_id}/rows"
-    folder = Path(download_artifacts(rows, dst_path=str(tmp_path_factory.mktemp("rows"))))
-    run = call_step("evaluate", model_uri="models:/text2sql/1", dataset=folder / "rows.jsonl")
+    with tracking_at(finished_chain.store):
+        rows = f"runs:/{finished_chain.evaluate.info.run_id}/rows"
+        folder = Path(download_artifacts(rows, dst_path=str(tmp_path_factory.mktemp("rows"))))
+        run = call_step("evaluate", model_uri="models:/text2sql/1", dataset=folder / "rows.jsonl")
     return SimpleNamespace(run=run, folder=folder)
 
 

@@ -104,7 +104,7 @@ def test_values_stay_as_they_are_in_the_prompt(question, context):
 def test_a_question_of_10_mb_is_rejected_and_not_cut():
     rows = pandas.DataFrame([*plain_rows(2), plain_rows(1)[0] | {"question": "a b" * 3_500_000}])
     kept, reasons = tokenization.tokenize(
-        rows, tokenizer=tokenizer(), template=PROMPT_TEMPLATE, max_length=512
+        rows, tokenizer=tokenizer(), template=PROMPT_TEMPLATE, style="plain", max_length=512
     )
     assert len(kept) == 2
     assert reasons.index.tolist() == [2]

@@ -105,8 +105,9 @@ def moves():
 
 
 def locks():
-    """Registered models other than the model."""
-    return [model.name for model in mlflow.MlflowClient().search_registered_models() if model.name != MODEL]
+    """Names of registered models that are, or began as, a lock of the model."""
+    names = [model.name for model in mlflow.MlflowClient().search_registered_models()]
+    return [name for name in names if name.startswith(f"{MODEL}.") or name.endswith(".lock")]
 
 
 # The gate on a store

@@ -26,12 +26,11 @@ Params = TypeVar("Params")
 
 def users_folder() -> Path:
     """Folder where the user typed `mlflow run`: the steps themselves run in the project's folder."""
-    folder = Path.cwd()
     for process in psutil.Process().parents():
         with suppress(psutil.Error):  # processes of other users cannot be looked at everywhere
             if processes.is_mlflow_run(process):
-                folder = Path(process.cwd())
-    return folder
+                return Path(process.cwd())
+    return Path.cwd()
 
 
 def _absolute(value: str) -> str:
