@@ -481,11 +481,11 @@ def ancestors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
-def test_the_users_folder_is_that_of_the_outermost_mlflow(ancestors):
-    child = process("/env/bin/python", "/env/bin/mlflow", "run", ".", cwd="/project")
+def test_the_users_folder_is_that_of_the_nearest_mlflow_which_may_be_run_by_another(ancestors):
     typed = process("/env/bin/python", "/env/bin/mlflow", "run", ".", cwd="/home/me")
+    other = process("/env/bin/python", "/env/bin/mlflow", "run", ".", "-e", "tests", cwd="/project")
     ancestors(
-        process("bash", "-c", "python -m steps.main", cwd="/project"), child, typed, process("zsh", cwd="/")
+        process("bash", "-c", "python -m steps.main", cwd="/project"), typed, other, process("zsh", cwd="/")
     )
     assert params.users_folder() == Path("/home/me")
 
