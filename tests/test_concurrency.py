@@ -51,6 +51,24 @@ def test_a_registration_that_never_gets_a_number_is_an_error(store, monkeypatch)
         tracking.register_version("models:/m-1", "together", {})
 
 
+def test_two_that_set_an_alias_for_the_first_time_both_succeed(chain, monkeypatch):
+    set_alias, calls = mlflow.MlflowClient.set_registered_model_alias, []
+
+    def collide(client, name, alias, version):
+        calls.append(version)
+        if len(calls) == 1:
+            raise mlflow.MlflowException("UNIQUE constraint failed")
+        set_alias(client, name, alias, version)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", collide)
+    monkeypatch.setattr(tracking.random, "uniform", lambda *_: 0)
+    tracking.point_to_newest("text2sql", "newest")
+    assert len(calls) == 2
+    newest = mlflow.MlflowClient().get_model_version_by_alias("text2sql", "newest")
+    assert str(newest.version) == calls[1]
+    mlflow.MlflowClient().delete_registered_model_alias("text2sql", "newest")
+
+
 @pytest.mark.slow
 def test_two_pipelines_at_once_both_finish_with_a_version_each(new_store, tiny_base, tmp_path):
     uri = new_store()

@@ -478,23 +478,28 @@ def register_version(model_uri: str, name: str, tags: Mapping[str, str]) -> Mode
     Raises:
         MlflowException: it failed `REGISTER_TRIES` times.
     """
-    for left in reversed(range(REGISTER_TRIES)):
-        try:
-            return mlflow.register_model(model_uri, name, tags=dict(tags))
-        except MlflowException:
-            if not left:
-                raise
-            time.sleep(random.uniform(0, 1))
-    raise AssertionError("not reached")
+    return _tried_again(lambda: mlflow.register_model(model_uri, name, tags=dict(tags)))
 
 
 def point_to_newest(name: str, alias: str) -> None:
-    """Set an alias to the newest version; looking again afterwards, so that the last of several is right."""
+    """Set an alias to the newest version; looking again afterwards, so that the last of several is right.
+
+    Raises:
+        MlflowException: it failed `REGISTER_TRIES` times; two that set an alias for the first time collide.
+    """
     client = mlflow.MlflowClient()
     pointed, newest = 0, _newest(name)
     while pointed != newest:
-        client.set_registered_model_alias(name, alias, str(newest))
+        _tried_again(functools.partial(client.set_registered_model_alias, name, alias, str(newest)))
         pointed, newest = newest, _newest(name)
+
+
+def _tried_again(call: Callable[[], Any]) -> Any:
+    for _ in range(REGISTER_TRIES - 1):
+        with suppress(MlflowException):
+            return call()
+        time.sleep(random.uniform(0, 1))
+    return call()
 
 
 def _newest(name: str) -> int:
