@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import mlflow
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from steps.text2sql import (
@@ -38,7 +38,7 @@ from steps.text2sql.sql_model import (
 from steps.text2sql.tokenization import fingerprint
 
 # Where a training comes from and how often it reports does not change what it learns.
-NO_RECIPE = {"dataset_uri", "resume_from", "keep_checkpoints", "save_steps", "logging_steps"}
+NO_RECIPE = {"dataset_uri", "resume_from", "keep_checkpoints", "save_steps", "logging_steps", "dry_run"}
 
 
 def main(params: TrainParams) -> None:
@@ -46,7 +46,11 @@ def main(params: TrainParams) -> None:
     with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
         described = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
         data = datasets.load_from_disk(folder, keep_in_memory=True)
+    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
     base_model.check_memory(described.base_model, params.quantization)
+    if params.dry_run == "yes":
+        dry_run(params, described, data)
+        return
     tokenizer = load_tokenizer(described, params.dataset_uri)
     transformers.set_seed(params.seed)
     model, plan = load_model(params, described, data)
@@ -102,6 +106,41 @@ def fit(
     mlflow.log_metric("train_loss_mean", mean_loss)
 
 
+def dry_run(params: TrainParams, described: DatasetManifest, data: datasets.DatasetDict) -> None:
+    """Say what a training would choose and take, from shapes alone: no weights are fetched or loaded."""
+    mlflow.set_tag(tracking.TAG_DRY_RUN, "yes")
+    base, (device, dtype) = base_model.skeleton(described.base_model), pick_device()
+    held = base_model.held(base, params.quantization, dtype)
+    lora = lora_settings(params)
+    free = memory_plan.free_bytes(device) - held.bytes
+    trainable = adapter.size(base, lora)
+    plan = plan_memory(params, base, data, trainable, free=free, four_bit=held.four_bit)
+    model = adapter.attach(base, lora)
+    log_base(described, params, model)
+    settings = trainer_settings(params, model, plan, rows=len(data["train"]))
+    speed = speed_of_device(model)
+    step_tokens = training.mean_tokens(data["train"]) * params.batch_size
+    tracking.log_choices(
+        torch_compile=choose_compile(params, tokens=step_tokens * settings.max_steps, **speed),
+        **screen.estimates(
+            rows=len(data["train"]),
+            rows_to_train_on=settings.max_steps * params.batch_size,
+            peak_bytes=memory_plan.peak_bytes(
+                plan,
+                memory_plan.Shape.of(base.config, dtype),
+                weights=held.bytes,
+                four_bit=held.four_bit,
+                trainable=trainable,
+                step_tokens=step_tokens,
+            ),
+            download_bytes=base_model.to_download(described.base_model),
+            seconds=training.training_seconds(
+                tokens=step_tokens * settings.max_steps, recompute=plan.recompute, **speed
+            ),
+        ),
+    )
+
+
 def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTokenizerFast:
     """Tokenizer of the base, which must be the one that the dataset was made with."""
     tokenizer = load_base_tokenizer(described.base_model)
@@ -118,17 +157,35 @@ def load_model(
 ) -> tuple[PeftModel, memory_plan.Plan]:
     """Quantized base with a new adapter, and the plan for its memory; settings and numbers are logged."""
     base = load_base(described.base_model, params.quantization)
-    lora = adapter.lora_config(
+    lora = lora_settings(params)
+    plan = plan_memory(
+        params,
+        base,
+        data,
+        adapter.size(base, lora),
+        free=memory_plan.free_bytes(pick_device()[0]),
+        four_bit=memory_plan.four_bit_parameters(base),
+    )
+    model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
+    quantization = quantization_config(params.quantization, pick_device()[1])
+    tracking.log_settings("lora", model.peft_config["default"].to_dict())
+    tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
+    log_base(described, params, model)
+    return model, plan
+
+
+def lora_settings(params: TrainParams) -> LoraConfig:
+    """The adapter to train."""
+    return adapter.lora_config(
         r=params.lora_r,
         alpha=params.lora_alpha,
         dropout=params.lora_dropout,
         target_modules=params.target_modules,
     )
-    plan = plan_memory(params, base, data, adapter.size(base, lora))
-    model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
-    quantization = quantization_config(params.quantization, pick_device()[1])
-    tracking.log_settings("lora", model.peft_config["default"].to_dict())
-    tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
+
+
+def log_base(described: DatasetManifest, params: TrainParams, model: PeftModel) -> None:
+    """Say what is trained on what."""
     count = adapter.count_parameters(model)
     tracking.log_choices(
         device=describe_device(),
@@ -138,21 +195,26 @@ def load_model(
     mlflow.log_metrics(
         {"trainable_parameters": count.trainable, "all_parameters": count.all, "trainable_share": count.share}
     )
-    return model, plan
 
 
 def plan_memory(
-    params: TrainParams, base: PreTrainedModel, data: datasets.DatasetDict, trainable: int
+    params: TrainParams,
+    base: PreTrainedModel,
+    data: datasets.DatasetDict,
+    trainable: int,
+    *,
+    free: int,
+    four_bit: int,
 ) -> memory_plan.Plan:
-    """How to use the memory that is free with the base loaded; says so."""
+    """How to use the `free` bytes that there are with the base loaded; says so."""
     device, dtype = pick_device()
     step_tokens = training.mean_tokens(data["train"]) * params.batch_size
     plan = memory_plan.make(
         memory_plan.Shape.of(base.config, dtype),
         device=device,
-        free=memory_plan.free_bytes(device),
+        free=free,
         trainable=trainable,
-        four_bit=memory_plan.four_bit_parameters(base),
+        four_bit=four_bit,
         longest=training.longest_row(data),
         step_tokens=int(step_tokens),
         gradient_checkpointing=params.gradient_checkpointing,
@@ -166,18 +228,28 @@ def speed_settings(
     params: TrainParams, model: PeftModel, data: datasets.DatasetDict, settings: TrainingArguments
 ) -> dict[str, float]:
     """Compile the layers where that pays; what Reporter measures speed by comes back."""
-    count = adapter.count_parameters(model)
-    speed = {
-        "frozen_parameters": count.all - count.trainable,
-        "operations_per_second": operations_per_second(),
-    }
+    speed = speed_of_device(model)
     tokens = training.mean_tokens(data["train"]) * params.batch_size * settings.max_steps
-    pays = pick_device()[0] == "cuda" and training.compiling_pays(tokens=tokens, **speed)
-    chosen = {"auto": "yes" if pays else "no"}.get(params.torch_compile, params.torch_compile)
+    chosen = choose_compile(params, tokens=tokens, **speed)
     if chosen == "yes":
         training.compile_layers(model)
     tracking.log_choices(torch_compile=chosen)
     return speed
+
+
+def speed_of_device(model: PeftModel) -> dict[str, float]:
+    """What times are estimated and measured by."""
+    count = adapter.count_parameters(model)
+    return {
+        "frozen_parameters": count.all - count.trainable,
+        "operations_per_second": operations_per_second(),
+    }
+
+
+def choose_compile(params: TrainParams, *, tokens: float, **speed: float) -> str:
+    """`yes` or `no`, by whether so many tokens take long enough."""
+    pays = pick_device()[0] == "cuda" and training.compiling_pays(tokens=tokens, **speed)
+    return {"auto": "yes" if pays else "no"}.get(params.torch_compile, params.torch_compile)
 
 
 def trainer_settings(

@@ -52,7 +52,7 @@ def test_mlflow_loads_the_project_with_exactly_these_entry_points():
     entry_points = load_project(str(PROJECT))._entry_points
     assert sorted(entry_points) == sorted(["main", *STEPS, "tests"])
     assert list(CHAIN) == ["prepare_data", "train", "register", "evaluate", "promote"]
-    assert list(STEPS) == [*CHAIN, "export"]
+    assert list(STEPS) == [*CHAIN, "export", "sweep"]
     assert set(entry_points) == set(ENTRY_POINTS)
 
 

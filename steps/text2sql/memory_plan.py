@@ -152,6 +152,16 @@ def make(
     )
 
 
+def peak_bytes(
+    plan: Plan, shape: Shape, *, weights: int, four_bit: int, trainable: int, step_tokens: float
+) -> int:
+    """What a training takes at its peak, `weights` bytes of the base among it; the arithmetic of `make`."""
+    unpacked = int(four_bit * (shape.item - 0.516)) if plan.dequantize else 0
+    tokens = min(plan.tokens, int(step_tokens))
+    activations = tokens * shape.token_bytes(recompute=plan.recompute)
+    return weights + unpacked + trainable * TRAINABLE_BYTES + activations + WORKSPACE_BYTES
+
+
 def _reason(free: int, recompute: bool) -> str:
     return f"{free / 2**30:.1f} GiB free" + (", short: activations are recomputed" if recompute else "")
 

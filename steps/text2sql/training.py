@@ -47,8 +47,18 @@ def optimizer(device: str) -> str:
 
 def compiling_pays(*, tokens: float, frozen_parameters: int, operations_per_second: float) -> bool:
     """`auto` of torch_compile: whether so many tokens take long enough to win the time of compiling back."""
-    seconds = tokens * operations_per_token(frozen_parameters) / (USUAL_SHARE_OF_PEAK * operations_per_second)
+    seconds = training_seconds(
+        tokens=tokens, frozen_parameters=frozen_parameters, operations_per_second=operations_per_second
+    )
     return seconds * COMPILE_SAVES > COMPILE_SECONDS
+
+
+def training_seconds(
+    *, tokens: float, frozen_parameters: int, operations_per_second: float, recompute: bool = False
+) -> float:
+    """About how long so many tokens take, not compiled; recomputing is one more forward pass."""
+    operations = tokens * operations_per_token(frozen_parameters) * (1.5 if recompute else 1)
+    return operations / (USUAL_SHARE_OF_PEAK * operations_per_second)
 
 
 def operations_per_token(frozen_parameters: int) -> int:
