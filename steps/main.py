@@ -9,7 +9,7 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from steps.text2sql import processes, resume, reuse, screen, tracking
+from steps.text2sql import mlproject, processes, resume, reuse, screen, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
@@ -113,8 +113,9 @@ def finish_dry_run(params: MainParams, runs: dict[str, Run], dataset_uri: str) -
     mlflow.set_tag(tracking.TAG_DRY_RUN, "yes")
     tracking.name_run("dry run")
     tracking.describe_steps("Dry run: nothing was trained.", runs)
+    typed = mlproject.without_defaults("main", params.given)
     chosen = tracking.choices(runs["train"])
-    print(screen.plan(prepared_uri=dataset_uri, chosen=chosen, given=params.given), flush=True)
+    print(screen.plan(prepared_uri=dataset_uri, chosen=chosen, given=typed), flush=True)
 
 
 def finish(runs: dict[str, Run], *, name: str, version: str, gate: str) -> None:

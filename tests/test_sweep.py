@@ -6,6 +6,7 @@ import threading
 import time
 
 import mlflow
+import optuna
 import pytest
 
 from steps import sweep
@@ -135,6 +136,30 @@ def test_the_command_of_the_best_makes_main_take_its_training_as_it_is(tmp_path)
     assert reuse.fingerprint("prepare_data", found.steps["prepare_data"], **named) == reuse.fingerprint(
         "prepare_data", of_main["prepare_data"], **named
     )
+
+
+@pytest.mark.slow
+def test_trainings_are_processes_of_their_own_and_a_bad_one_is_stopped(chain, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda trial: trial.number == 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = FIXED | LIMITS | {"batch_size": 1, "max_steps_range": "1500,1500", "trials": 2}
+    with mlflow.start_run() as run:
+        sweep.main(call(tmp_path, dataset_uri=chain.dataset_uri, **values))
+    children = mlflow.search_runs(
+        filter_string=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
+        order_by=["attributes.start_time"],
+        output_format="list",
+    )
+    assert [one.info.run_name for one in children] == ["trial 1", "trial 2"]
+    assert [one.info.status for one in children] == ["FINISHED", "KILLED"]
+    finished, stopped = children
+    assert len(tracking.curve(finished.info.run_id, "eval_loss")) == 3
+    assert stopped.data.tags["stopped_by"] == "stopped early"
+    assert len(tracking.curve(stopped.info.run_id, "eval_loss")) in (1, 2)
+    assert list((tmp_path / "cache" / "text2sql-qlora" / "runs").iterdir()) == []
+    printed = capfd.readouterr().out
+    assert "| 2 | " in printed
+    assert "Best is trial 1." in printed
 
 
 class Stopped(Stopper):
