@@ -135,7 +135,10 @@ def dry_run(params: TrainParams, described: DatasetManifest, data: datasets.Data
             ),
             download_bytes=base_model.to_download(described.base_model),
             seconds=training.training_seconds(
-                tokens=step_tokens * settings.max_steps, recompute=plan.recompute, **speed
+                tokens=step_tokens * settings.max_steps,
+                device=device,
+                recompute=plan.recompute,
+                **speed,
             ),
         ),
     )

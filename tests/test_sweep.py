@@ -142,7 +142,8 @@ def test_the_command_of_the_best_makes_main_take_its_training_as_it_is(tmp_path)
 def test_trainings_are_processes_of_their_own_and_a_bad_one_is_stopped(chain, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda trial: trial.number == 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    values = FIXED | LIMITS | {"batch_size": 1, "max_steps_range": "1500,1500", "trials": 2}
+    # Long enough that the second training is still going on when its first validation is seen.
+    values = LIMITS | {"batch_size": 1, "max_steps_range": "900,900", "logging_steps": 300, "trials": 2}
     with mlflow.start_run() as run:
         sweep.main(call(tmp_path, dataset_uri=chain.dataset_uri, **values))
     children = mlflow.search_runs(
