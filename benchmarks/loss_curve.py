@@ -89,6 +89,7 @@ def project(data: datasets.DatasetDict, steps: int, *, compiled: bool) -> list[f
         compiled=compiled,
         callbacks=[losses],
         learning_rate=LEARNING_RATE,
+        logging_steps=1,
     )
     return losses.found
 

@@ -213,6 +213,7 @@ def fit_project(
     compiled: bool,
     callbacks: list[TrainerCallback],
     learning_rate: float = 2e-4,
+    logging_steps: int = 10,
 ) -> str:
     """Train by the same calls as the train step; its plan for the memory comes back."""
     device, dtype = pick_device()
@@ -240,7 +241,7 @@ def fit_project(
         recompute=plan.recompute,
         optim=training.optimizer(device),
         learning_rate=learning_rate,
-        logging_steps=1,
+        logging_steps=logging_steps,
         disable_tqdm=True,
     )
     training.train(

@@ -95,8 +95,9 @@ def test_too_little_memory_is_an_error_with_ways_out():
         plan(5)
 
 
-def test_half_of_a_plan_has_half_the_tokens():
-    assert plan(80, micro_batch_tokens=600).halved().tokens == 300
+def test_half_of_a_plan_has_half_the_tokens_of_what_did_not_fit():
+    assert plan(80, micro_batch_tokens=600).halved(largest=600).tokens == 300
+    assert plan(80).halved(largest=1000).tokens == 500
 
 
 def test_a_plan_says_what_it_does():

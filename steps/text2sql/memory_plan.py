@@ -80,9 +80,9 @@ class Plan:
     dequantize: bool
     reason: str
 
-    def halved(self) -> "Plan":
-        """Half the tokens, after memory ran out."""
-        return Plan(self.tokens // 2, self.recompute, self.dequantize, self.reason)
+    def halved(self, *, largest: int) -> "Plan":
+        """Half the tokens of the largest micro-batch, after memory ran out."""
+        return Plan(min(self.tokens, largest) // 2, self.recompute, self.dequantize, self.reason)
 
 
 def free_bytes(device: str) -> int:

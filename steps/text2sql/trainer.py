@@ -81,11 +81,11 @@ class PackedTrainer(ResumableTrainer):
                     f"the GPU is out of memory with {self.plan.tokens} tokens at once too; "
                     "give gradient_checkpointing=yes, or prepare the data with a smaller max_length."
                 ) from error
-        self._halve()
+        self._halve(largest=max(one.input_ids.shape[1] for one in self._packs(rows)))
         return self._step(model, rows)
 
-    def _halve(self) -> None:
-        self.has_halved, self.plan = True, self.plan.halved()
+    def _halve(self, *, largest: int) -> None:
+        self.has_halved, self.plan = True, self.plan.halved(largest=largest)
         logger.warning("\nOut of memory: going on with %d tokens at once", self.plan.tokens)
         self.gradients.forget_graphs()
         torch.cuda.empty_cache()
