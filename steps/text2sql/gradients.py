@@ -68,6 +68,7 @@ class Gradients:
         Its activations are in the recordings' memory, on their stream, so that no second set of them is held
         (as in torch's own https://github.com/pytorch/pytorch/pull/96433).
         """
+        torch.cuda.empty_cache()  # what other pools keep is not taken from them in this one
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             loss = self._compute(pack, scale)

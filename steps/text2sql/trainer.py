@@ -16,11 +16,9 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.gradients import Gradients
 from steps.text2sql.memory_plan import Plan
 from steps.text2sql.packed_attention import summed_loss
-from steps.text2sql.packing import Pack, Row
+from steps.text2sql.packing import SHAPE_TOKENS, Pack, Row
 
 logger = logging.getLogger(__name__)
-# Shapes of packs differ by this many tokens on a GPU, where every shape is recorded once.
-SHAPE_TOKENS = 128
 
 
 class Shuffled(SeedableRandomSampler):
