@@ -47,6 +47,7 @@ def chain(params: MainParams) -> None:
         evaluation_run_id = runs["evaluate"].info.run_id
         runs["promote"] = run_step("promote", params, version=version, evaluation_run_id=evaluation_run_id)
         gate = runs["promote"].data.tags[tracking.TAG_GATE_REASON]
+        mlflow.set_tag(tracking.TAG_PROMOTED, runs["promote"].data.tags[tracking.TAG_PROMOTED])
     finish(runs, name=name, version=version, gate=gate)
 
 

@@ -98,6 +98,7 @@ def test_main_without_it_runs_all_and_describes_the_run_with_links(planned, main
         assert f"* [{step}](#/experiments/0/runs/" in note
     assert run.info.run_name == "text2sql v1"
     assert run.data.tags[tracking.TAG_DATASET] == "sample"
+    assert run.data.tags[tracking.TAG_PROMOTED] == "yes"
 
 
 def test_weights_that_this_machine_has_are_not_to_be_downloaded(monkeypatch):
