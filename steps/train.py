@@ -128,6 +128,7 @@ def dry_run(params: TrainParams, described: DatasetManifest, data: datasets.Data
             peak_bytes=memory_plan.peak_bytes(
                 plan,
                 memory_plan.Shape.of(base.config, dtype),
+                device=device,
                 weights=held.bytes,
                 four_bit=held.four_bit,
                 trainable=trainable,

@@ -38,7 +38,7 @@ def test_it_says_what_the_training_chose(planned, chain):
 def test_it_says_rows_memory_download_and_time(planned, chain):
     rows = int(chain.prepare_data.data.metrics["rows_train"])
     chosen = tracking.choices(planned)
-    assert chosen["rows"] == f"{rows} to train on, {6 * 4 / rows:.2g} times"
+    assert chosen["rows"] == f"24 in all, out of {rows} ({24 / rows:.2g} epochs)"
     assert chosen["peak_memory"].startswith("about ")
     assert chosen["download"] == "none"
     assert chosen["time"].startswith("about ")

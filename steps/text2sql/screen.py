@@ -42,7 +42,7 @@ def estimates(
 ) -> dict[str, str]:
     """What a training would take, in words by name."""
     return {
-        "rows": f"{rows} to train on, {rows_to_train_on / rows:.2g} times",
+        "rows": f"{rows_to_train_on} in all, out of {rows} ({rows_to_train_on / rows:.2g} epochs)",
         "peak_memory": f"about {peak_bytes / 2**30:.1f} GiB",
         "download": f"{download_bytes / 2**30:.1f} GiB of weights" if download_bytes else "none",
         "time": f"about {duration(seconds)} of training at the speed that this device shows now",
