@@ -229,13 +229,17 @@ def describe(text: str) -> None:
 
 
 def describe_step() -> None:
-    """Describe a step by the run that started it, what it chose, and the model version it is about."""
+    """Describe a step by the model version that it is about, the run that started it, and what it chose.
+
+    Links come first: the page shows five lines before "Show more".
+    """
     run = mlflow.get_run(run_id())
-    tags, lines = run.data.tags, [f"* {name}: {text}" for name, text in choices(run).items()]
-    if MLFLOW_PARENT_RUN_ID in tags:
-        lines.append(f"* started by {run_link(mlflow.get_run(tags[MLFLOW_PARENT_RUN_ID]))}")
+    tags, lines = run.data.tags, []
     if TAG_MODEL_VERSION in tags:
         lines.append(f"* model: {version_link(tags[TAG_MODEL_NAME], tags[TAG_MODEL_VERSION])}")
+    if MLFLOW_PARENT_RUN_ID in tags:
+        lines.append(f"* started by {run_link(mlflow.get_run(tags[MLFLOW_PARENT_RUN_ID]))}")
+    lines += [f"* {name}: {text}" for name, text in sorted(choices(run).items())]
     if lines:
         describe("\n".join(lines))
 
