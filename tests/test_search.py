@@ -71,16 +71,16 @@ def test_an_interrupted_trial_is_tried_again_with_the_same_values(search):
 
     def interrupted(number, values, _):
         tried.append(values)
-        if number == 2:
+        if number == 5:  # the first ones are drawn at random, this one follows from their losses
             raise Killed
-        return 1.0
+        return distance(number, values, None)
 
     with pytest.raises(Killed):
-        search().run(4, interrupted)
-    search().run(4, lambda number, values, _: tried.append(values) or 1.0)
-    assert len(tried) == 5
-    assert tried[1] == tried[2]
-    assert [row["trial"] for row in search().table()] == [1, 2, 3, 4]
+        search().run(6, interrupted)
+    search().run(6, lambda number, values, _: tried.append(values) or distance(number, values, None))
+    assert len(tried) == 7
+    assert tried[4] == tried[5]
+    assert [row["trial"] for row in search().table()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_interrupted_search_tries_what_it_would_have_tried(search):
@@ -90,7 +90,9 @@ def test_an_interrupted_search_tries_what_it_would_have_tried(search):
             search(name).run(trials, lambda _, values, __: seen.append(values) or 1.0)
         return seen
 
-    assert values_of("a", [6]) == values_of("b", [2, 4, 6])
+    at_once = values_of("a", [6])
+    assert at_once == values_of("b", [2, 4, 6])
+    assert len({values["learning_rate"] for values in at_once}) == 6
 
 
 def test_a_trial_above_the_median_is_stopped_and_good_ones_are_not(search):

@@ -77,19 +77,18 @@ class Search:
         Raises:
             UserError: that of the first training.
         """
-        self._take_up_interrupted()
+        self._give_up_interrupted()
         while len(self.done()) < trials:
-            # A seed for each trial: a search that was interrupted tries what it would have tried.
+            # A seed for each trial: a search that was interrupted tries again what it was trying, and then
+            # what it would have tried.
             self.study.sampler = optuna.samplers.TPESampler(
                 seed=self.seed + len(self.done()), n_startup_trials=UNSTOPPED_TRIALS
             )
             self._try(self.study.ask(), train)
 
-    def _take_up_interrupted(self) -> None:
+    def _give_up_interrupted(self) -> None:
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             self.study.tell(trial.number, state=TrialState.FAIL)
-            if trial.params:
-                self.study.enqueue_trial(trial.params)
 
     def _try(self, trial: Trial, train: Train) -> None:
         values = self.space.suggest(trial)
