@@ -89,13 +89,13 @@ def test_main_prepares_plans_and_stops_there(planned, main_on, capsys):
     assert command.endswith(" -e main -P max_steps=7")
 
 
-def test_main_without_it_runs_all_and_describes_the_run_with_links(planned, main_on):
+def test_main_without_it_runs_all_and_describes_the_run_with_links(planned, main_on, chain):
     asked, run = main_on(planned)
     assert asked == ["prepare_data", "train", "register", "evaluate", "promote"]
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("[text2sql version 1](#/models/text2sql/versions/1) is champion: first champion")
     for step in asked:
-        assert f"* [{step}](#/experiments/0/runs/" in note
+        assert f"[{step}](#/experiments/0/runs/{getattr(chain, step).info.run_id}) (" in note
     assert run.info.run_name == "text2sql v1"
     assert run.data.tags[tracking.TAG_DATASET] == "sample"
     assert run.data.tags[tracking.TAG_PROMOTED] == "yes"

@@ -247,10 +247,10 @@ def describe_step() -> None:
 def describe_steps(headline: str, runs: Mapping[str, Run]) -> None:
     """Describe main's run by what came of it, and by links to its steps with their times."""
     steps = [
-        f"* {run_link(run, step)}: {(run.info.end_time - run.info.start_time) / 1000:.0f} s"
+        f"{run_link(run, step)} ({(run.info.end_time - run.info.start_time) / 1000:.0f} s)"
         for step, run in runs.items()
     ]
-    describe("\n".join([headline, "", *steps]))
+    describe(f"{headline}\n\n{' → '.join(steps)}")
 
 
 def run_link(run: Run, text: str = "") -> str:
