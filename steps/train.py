@@ -56,7 +56,7 @@ def main(params: TrainParams) -> None:
             f"sent with: mlflow run . -e train --backend {params.project_backend} --backend-config <file>"
         )
     if launching.is_due(params.launch):
-        launching.run("train", vars(params), launch=params.launch)
+        launching.run("steps.train", vars(params), launch=params.launch)
         return
     with collectives.joined():
         train(params)

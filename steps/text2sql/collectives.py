@@ -44,22 +44,33 @@ def _reduced(value: float, operation: dist.ReduceOp) -> float:
     if not dist.is_initialized():
         return value
     held = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(held, operation)
+    with _others():
+        dist.all_reduce(held, operation)
     return held.item()
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, when a connection ends
+        raise ranks.LeftAlone(f"another process is gone: {error}") from error
 
 
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with _others():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
     """Give all processes the values of the first, in place."""
     if dist.is_initialized():
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
+        with _others():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
 
 @contextmanager
@@ -71,6 +82,7 @@ def once_a_machine(get: Callable[[], AbstractContextManager[Path | None]]) -> It
             yield folder
             return
         folders: list[Path | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(folders, folder)
+        with _others():
+            dist.all_gather_object(folders, folder)
         yield folders[dist.get_rank() - ranks.index_here()]
         smallest(0)  # by gloo: until all have done with it

@@ -25,8 +25,8 @@ def is_due(launch: str) -> bool:
     return launch != "single" and not ranks.is_launched()
 
 
-def run(step: str, values: Mapping[str, object], *, launch: str) -> None:
-    """Run a step in several processes, to the end of all.
+def run(module: str, values: Mapping[str, object], *, launch: str) -> None:
+    """Run a step's module in several processes, to the end of all.
 
     Raises:
         UserError: one failed, and none is left; with its reason.
@@ -35,18 +35,19 @@ def run(step: str, values: Mapping[str, object], *, launch: str) -> None:
     launch_config.check_gpus(launch, torch.cuda.device_count())
     config = launch_config.read(launch)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # says what is said below
-    words = [*accelerate_words(config, gpus=torch.cuda.device_count()), "--module", f"steps.{step}"]
+    words = [*accelerate_words(config, gpus=torch.cuda.device_count()), "--module", module]
     words += [word for name, value in values.items() for word in (f"--{name}", str(value))]
     stopper = processes.Stopper(announce=False)
     with tempfile.TemporaryDirectory() as scratch:
         with patch_environment(**environment(config, Path(scratch))), stopper.listening():
             problem = _launch(words)
         endings = ranks.endings(Path(scratch))
-    if stopper.stopped_by or (endings and endings[0].kind == "stopped"):
-        go_on = next((ending.go_on for ending in endings if ending.go_on), "")
-        raise tracking.Interrupted(stopper.stopped_by or endings[0].text, go_on)
-    if endings or problem:
-        raise UserError(endings[0].text if endings else f"launch={launch}: {problem}")
+    failed, stopped = ([one for one in endings if one.kind == kind] for kind in ("failed", "stopped"))
+    if stopper.stopped_by or (stopped and not failed):
+        go_on = next((one.go_on for one in stopped if one.go_on), "")
+        raise tracking.Interrupted(stopper.stopped_by or stopped[0].text, go_on)
+    if failed or problem:
+        raise UserError(failed[0].text if failed else f"launch={launch}: {problem}")
 
 
 def accelerate_words(config: LaunchConfig, *, gpus: int) -> list[str]:
@@ -69,6 +70,8 @@ def environment(config: LaunchConfig, endings: Path) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": tracking.store_uri(),
         # SIGINT and SIGTERM are this process's: torch would answer with an exception.
         "PET_SIGNALS_TO_HANDLE": "SIGHUP",
+        # After one failed the others are asked to end, and killed after so many seconds.
+        "PET_SHUTDOWN_TIMEOUT": "20",
         "PYTHONPATH": os.pathsep.join([str(tracking.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     return found | ({"CUDA_VISIBLE_DEVICES": ""} if config.use_cpu else {})

@@ -64,18 +64,27 @@ def be_silent() -> None:
 
 # Endings
 
+Kind = Literal["failed", "stopped", "left"]
+
+
+class LeftAlone(RuntimeError):
+    """Another process is gone; why, that one or its launcher knows."""
+
 
 @dataclass(frozen=True)
 class Ending:
-    """How a process ended, if not well: `text` is the reason, or the name of the signal that stopped it."""
+    """How a process ended, if not well: `text` is the reason, or the name of the signal that stopped it.
 
-    kind: Literal["failed", "stopped"]
+    One that was `left` alone by another could only end too.
+    """
+
+    kind: Kind
     text: str
     go_on: str
     time: float
 
 
-def tell_ending(kind: Literal["failed", "stopped"], text: str, go_on: str = "") -> bool:
+def tell_ending(kind: Kind, text: str, go_on: str = "") -> bool:
     """Say how this process ends; False when another failed before, which explains this one too."""
     if not has_launcher():
         print(f"\nProcess {index()} of {count()}: {kind}: {text}", file=sys.stderr, flush=True)

@@ -162,6 +162,9 @@ def _run_as_one_of_several(body: Callable[[], None], user_errors: tuple[type[Exc
         except (UserError, *user_errors) as error:
             ranks.tell_ending("failed", str(error))
             raise SystemExit(1) from error
+        except ranks.LeftAlone as error:
+            ranks.tell_ending("left", str(error))
+            raise SystemExit(1) from error
         except BaseException as error:
             if ranks.tell_ending("failed", f"process {ranks.index()}: {type(error).__name__}: {error}"):
                 raise
