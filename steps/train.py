@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import datasets
@@ -34,7 +35,7 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.outputs import NoOutputs, Outputs
 from steps.text2sql.params import TrainParams
-from steps.text2sql.run_folder import run_folder
+from steps.text2sql.run_folder import run_folder, step_of
 from steps.text2sql.sql_model import (
     BaseModelError,
     load_base,
@@ -112,7 +113,7 @@ def fit(
         tracking.Interrupted: a signal came; there is a checkpoint of the last step.
     """
     reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size, **speed)
-    with resume.checkpoint_for_all(params.resume_from, outputs.recipe) as resume_from:
+    with checkpoint_for_all(params.resume_from, outputs.recipe) as resume_from:
         checkpoints = Checkpoints(
             outputs.save_checkpoint, save_steps=params.save_steps, resume_from=resume_from
         )
@@ -132,6 +133,23 @@ def fit(
     outputs.keep_adapter(settings.max_steps)
     tracking.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
     tracking.log_metrics(train_loss_mean=mean_loss)
+
+
+@contextmanager
+def checkpoint_for_all(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
+    """As `resume.checkpoint`, looked for once a machine.
+
+    Raises:
+        UserError: as there, or the machines found different ones.
+    """
+    with collectives.once_a_machine(lambda: resume.checkpoint(run_id, recipe)) as found:
+        step = step_of(found) if found else 0
+        if collectives.largest(step) != collectives.smallest(step):
+            raise UserError(
+                f"resume_from={run_id}: the machines found checkpoints of different steps, {step} on this "
+                f"one; copy the newest in {run_folder(run_id)} to all, or wait until the store has it."
+            )
+        yield found
 
 
 def how_to_go_on(params: TrainParams) -> str:

@@ -1,4 +1,4 @@
-"""A step of several processes of which one does not end well: `python -m tests.restless_processes --how …`."""
+"""A step of two processes of which one does not end well: `python -m tests.restless_processes --how …`."""
 
 import os
 import signal

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from steps.text2sql import launch_config, launching, tracking
 from steps.text2sql.errors import UserError
-from steps.text2sql.run_folder import step_of
 from tests.conftest import PROJECT, QUICK, call_step, defaults, failure, words
 
 END_LIMIT_SECONDS = 30
@@ -150,7 +149,7 @@ def test_two_processes_leave_what_one_leaves(chain, config, capfd):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_all_processes_with_a_checkpoint_from_which_one_goes_on(chain, config, tmp_path):
+def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, config, tmp_path):
     values = defaults("train") | QUICK | {"dataset_uri": chain.dataset_uri, "launch": config(**ON_CPU)}
     process = subprocess.Popen(
         [sys.executable, "-m", "steps.train", *words(values | {"max_steps": 1_000_000})],

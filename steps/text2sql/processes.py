@@ -68,6 +68,20 @@ def on_signals(handler: Any) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+@contextmanager
+def held_signals() -> Iterator[list[str]]:
+    """Keep the first SIGINT or SIGTERM back inside the block; its name is found in what comes back."""
+    held: list[str] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if held and number == signal.SIGINT:
+            raise KeyboardInterrupt(held[0])
+        held.append(signal.Signals(number).name)
+
+    with on_signals(hold):
+        yield held
+
+
 def raise_interrupt(number: int, _: Any) -> None:
     """Signal handler: KeyboardInterrupt with the signal's name. From then on SIGTERM is not heard.
 

@@ -7,7 +7,7 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from steps.text2sql import tracking
+from steps.text2sql import processes, tracking
 from steps.text2sql.errors import UserError
 
 
@@ -21,19 +21,22 @@ def run(step: str, values: Mapping[str, str], *, backend: str, config: str, fing
         KeyboardInterrupt: a signal came, and the run there is cancelled.
     """
     problem = f"project_backend={backend}: {step}"
+    with processes.held_signals() as held:  # a run that is just being sent could not be cancelled
+        try:
+            submitted = mlflow.projects.run(
+                uri=str(tracking.PROJECT),
+                entry_point=step,
+                parameters=dict(values),
+                backend=backend,
+                backend_config=json.loads(config) if config.startswith("{") else config or {},
+                run_name=step,
+                synchronous=False,
+            )
+        except Exception as error:  # whatever a plugin raises
+            raise UserError(f"{problem} could not be sent: {error}") from error
     try:
-        submitted = mlflow.projects.run(
-            uri=str(tracking.PROJECT),
-            entry_point=step,
-            parameters=dict(values),
-            backend=backend,
-            backend_config=json.loads(config) if config.startswith("{") else config or {},
-            run_name=step,
-            synchronous=False,
-        )
-    except Exception as error:  # whatever a plugin raises
-        raise UserError(f"{problem} could not be sent: {error}") from error
-    try:
+        if held:
+            raise KeyboardInterrupt(held[0])
         _mark(submitted.run_id, fingerprint)
         print(f"  runs as {submitted.run_id} on {backend}", flush=True)
         succeeded = submitted.wait()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from steps.text2sql import collectives, tracking
+from steps.text2sql import tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in, step_of
 
@@ -52,23 +52,6 @@ def checkpoint(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
             )
         check_recipe(read_recipe(found), recipe, run_id)
         tracking.note_resumed(run_id, step_of(found))
-        yield found
-
-
-@contextmanager
-def checkpoint_for_all(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
-    """As `checkpoint`, in each of several processes: looked for once on every machine.
-
-    Raises:
-        UserError: as `checkpoint`, or the machines found different ones.
-    """
-    with collectives.once_a_machine(lambda: checkpoint(run_id, recipe)) as found:
-        step = step_of(found) if found else 0
-        if collectives.largest(step) != collectives.smallest(step):
-            raise UserError(
-                f"resume_from={run_id}: the machines found checkpoints of different steps, {step} on this "
-                f"one; copy the newest in {run_folder(run_id)} to all, or wait until the store has it."
-            )
         yield found
 
 
