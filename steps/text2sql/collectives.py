@@ -22,6 +22,7 @@ def joined() -> Iterator[None]:
         return
     if not ranks.is_first():
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(ranks.index_here())

@@ -15,12 +15,16 @@ TYPES = ("MULTI_GPU", "FSDP", "MULTI_CPU")
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """A configuration of accelerate; `processes` is the number on all machines, None for all visible GPUs."""
+    """A configuration of accelerate; `processes` is the number on all machines, None for all visible GPUs.
+
+    `machine` is this one's number, from 0.
+    """
 
     file: Path
     distributed_type: str
     processes: int | None
     machines: int
+    machine: int
     use_cpu: bool
 
     @property
@@ -53,6 +57,7 @@ def read(launch: str) -> LaunchConfig:
         kind,
         values.get("num_processes"),
         values.get("num_machines") or 1,
+        values.get("machine_rank") or 0,
         use_cpu=kind == "MULTI_CPU" or bool(values.get("use_cpu")),
     )
 

@@ -34,6 +34,10 @@ def run(module: str, values: Mapping[str, object], *, launch: str) -> None:
     """
     launch_config.check_gpus(launch, torch.cuda.device_count())
     config = launch_config.read(launch)
+    if config.machine:
+        tracking.log_choices(
+            machine=f"{config.machine} of {config.machines}; adapter and curves are in the run of machine 0"
+        )
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # says what is said below
     words = [*accelerate_words(config, gpus=torch.cuda.device_count()), "--module", module]
     words += [word for name, value in values.items() for word in (f"--{name}", str(value))]
