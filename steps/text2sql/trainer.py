@@ -17,11 +17,9 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.gradients import Gradients
 from steps.text2sql.memory_plan import Plan
 from steps.text2sql.packed_attention import summed_loss
-from steps.text2sql.packing import Pack, Row
+from steps.text2sql.packing import SHAPE_TOKENS, Pack, Row
 
 logger = logging.getLogger(__name__)
-# Shapes of packs differ by this many tokens on a GPU, where every shape is recorded once.
-SHAPE_TOKENS = 128
 OUT_OF_MEMORY = (
     "the GPU is out of memory with {tokens} tokens at once; give gradient_checkpointing=yes, a smaller "
     "micro_batch_tokens, or prepare the data with a smaller max_length."
@@ -86,7 +84,7 @@ class PackedTrainer(ResumableTrainer):
         self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
         loss = self._step(rows)
         while loss is None:
-            self._halve()
+            self._halve(rows)
             loss = self._step(rows)
         collectives.add_up(self.gradients.flat)
         return collectives.add_up(loss)
@@ -109,10 +107,11 @@ class PackedTrainer(ResumableTrainer):
             return None
         return loss * share / scale
 
-    def _halve(self) -> None:
+    def _halve(self, rows: list[Row]) -> None:
         if self.has_halved:
             raise UserError(OUT_OF_MEMORY.format(tokens=self.plan.tokens))
-        self.has_halved, self.plan = True, self.plan.halved()
+        largest = collectives.largest(max(one.input_ids.shape[1] for one in self._packs(rows)))
+        self.has_halved, self.plan = True, self.plan.halved(largest=int(largest))
         logger.warning("\nOut of memory: going on with %d tokens at once", self.plan.tokens)
         self.gradients.forget_graphs()
         torch.cuda.empty_cache()
