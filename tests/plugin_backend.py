@@ -6,6 +6,7 @@
 import os
 import subprocess
 import threading
+import time
 
 from mlflow.projects import SubmittedRun
 from mlflow.projects.backend.abstract_backend import AbstractBackend
@@ -68,7 +69,9 @@ class Job(SubmittedRun):
     def wait(self):
         """Whether it succeeded."""
         happened["waiting"].set()
-        return self.process.wait() == 0
+        while self.process.poll() is None:  # as MLflow's backend for Databricks does
+            time.sleep(0.1)
+        return self.process.returncode == 0
 
     def get_status(self):
         """Its status."""

@@ -54,7 +54,11 @@ class Probe(TrainerCallback):
     """Notes losses and evaluations; may stop this process at a step."""
 
     def __init__(self, stop_at: int) -> None:
-        self.stop_at, self.losses, self.evaluations = stop_at, [], []
+        self.stop_at, self.losses, self.evaluations, self.drawn = stop_at, [], [], 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Draw a number as dropout would."""
+        self.drawn = torch.rand(1).item()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Send SIGTERM to the second process alone."""
@@ -144,7 +148,7 @@ def train(
         "mean": mean,
         "stopped_by": checkpoints.stopped_by,
         "divided": share_divided(model),
-        "drawn": torch.rand(1).item(),
+        "drawn": probe.drawn,
     }
 
 

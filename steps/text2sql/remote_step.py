@@ -20,29 +20,19 @@ def run(step: str, values: Mapping[str, str], *, backend: str, config: str, fing
         UserError: the backend did not take it, or it failed there.
         KeyboardInterrupt: a signal came, and the run there is cancelled.
     """
-    problem = f"project_backend={backend}: {step}"
-    with processes.held_signals() as held:  # a run that is just being sent could not be cancelled
-        try:
-            submitted = mlflow.projects.run(
-                uri=str(tracking.PROJECT),
-                entry_point=step,
-                parameters=dict(values),
-                backend=backend,
-                backend_config=json.loads(config) if config.startswith("{") else config or {},
-                run_name=step,
-                synchronous=False,
-            )
-        except Exception as error:  # whatever a plugin raises
-            raise UserError(f"{problem} could not be sent: {error}") from error
+    problem, submitted = f"project_backend={backend}: {step}", None
     try:
+        with processes.held_signals() as held:  # a run that is just being sent could not be cancelled
+            submitted = _send(step, values, backend, config, problem)
         if held:
             raise KeyboardInterrupt(held[0])
         _mark(submitted.run_id, fingerprint)
         print(f"  runs as {submitted.run_id} on {backend}", flush=True)
         succeeded = submitted.wait()
     except KeyboardInterrupt as error:
-        submitted.cancel()
-        tracking.end_other(submitted.run_id, "KILLED", {tracking.TAG_STOPPED_BY: str(error) or "SIGINT"})
+        if submitted:
+            submitted.cancel()
+            tracking.end_other(submitted.run_id, "KILLED", {tracking.TAG_STOPPED_BY: str(error) or "SIGINT"})
         raise
     if not succeeded:
         reason = mlflow.get_run(submitted.run_id).data.tags.get(tracking.TAG_FAILURE, "see its log there")
@@ -50,6 +40,23 @@ def run(step: str, values: Mapping[str, str], *, backend: str, config: str, fing
         raise UserError(f"{problem} failed, run {submitted.run_id}: {reason}")
     tracking.end_other(submitted.run_id, "FINISHED", {})
     return mlflow.get_run(submitted.run_id)
+
+
+def _send(
+    step: str, values: Mapping[str, str], backend: str, config: str, problem: str
+) -> mlflow.projects.SubmittedRun:
+    try:
+        return mlflow.projects.run(
+            uri=str(tracking.PROJECT),
+            entry_point=step,
+            parameters=dict(values),
+            backend=backend,
+            backend_config=json.loads(config) if config.startswith("{") else config or {},
+            run_name=step,
+            synchronous=False,
+        )
+    except Exception as error:  # whatever a plugin raises
+        raise UserError(f"{problem} could not be sent: {error}") from error
 
 
 def _mark(run_id: str, fingerprint: str) -> None:
