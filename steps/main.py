@@ -9,11 +9,13 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from steps.text2sql import mlproject, processes, resume, reuse, screen, tracking
+from steps.text2sql import launch_config, mlproject, processes, remote_step, resume, reuse, screen, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
 Watch = Callable[[processes.Stopper], AbstractContextManager]
+# Parameters of train that are for main alone, and what they are where a user does not give them.
+ELSEWHERE = {"project_backend": "local", "backend_config": ""}
 
 
 def main(params: MainParams) -> None:
@@ -26,11 +28,11 @@ def main(params: MainParams) -> None:
 
 def chain(params: MainParams) -> None:
     """Run the steps, each with what the ones before it found out."""
+    check_devices(**params.steps["train"])
     runs = {"prepare_data": run_step("prepare_data", params)}
-    prepared = runs["prepare_data"]
-    tags = prepared.data.tags
+    tags = runs["prepare_data"].data.tags
     tracking.tag_data(base_model=tags[tracking.TAG_BASE_MODEL], dataset=tags[tracking.TAG_DATASET])
-    dataset_uri = f"runs:/{prepared.info.run_id}/{tracking.DATASET}"
+    dataset_uri = f"runs:/{runs['prepare_data'].info.run_id}/{tracking.DATASET}"
     runs["train"] = run_step("train", params, dataset_uri=dataset_uri)
     if params.steps["train"].get("dry_run") == "yes":
         finish_dry_run(params, runs, dataset_uri)
@@ -49,6 +51,12 @@ def chain(params: MainParams) -> None:
         gate = runs["promote"].data.tags[tracking.TAG_GATE_REASON]
         mlflow.set_tag(tracking.TAG_PROMOTED, runs["promote"].data.tags[tracking.TAG_PROMOTED])
     finish(runs, name=name, version=version, gate=gate)
+
+
+def check_devices(launch: str, project_backend: str = ELSEWHERE["project_backend"], **_: str) -> None:
+    """Refuse a training in several processes that this machine has no GPUs for, before any step runs."""
+    if launch != "single" and project_backend == "local":
+        launch_config.check_gpus(launch, len(reuse.gpus()))
 
 
 def run_step(
@@ -82,14 +90,17 @@ def run_step(
 
 
 def start_step(step: str, values: dict[str, str], fingerprint: str, watch: Watch = nullcontext) -> Run:
-    """Run a step as a child of this run, in this environment.
+    """Run a step as a child of this run, here or where `project_backend` says; `watch` counts here alone.
 
     Raises:
         UserError: it failed; its own message stands above on the screen.
         tracking.Interrupted: a signal came, and no process of the step is left.
     """
+    backend, config = (values.pop(name, default) for name, default in ELSEWHERE.items())
     print(f"  {screen.step_command(step, values)}", flush=True)
     os.environ[tracking.FINGERPRINT_VARIABLE] = fingerprint
+    if backend != "local":
+        return remote_step.run(step, values, backend=backend, config=config, fingerprint=fingerprint)
     stopper = processes.Stopper()
     try:
         with stopper.listening(), watch(stopper):
@@ -111,7 +122,7 @@ def start_step(step: str, values: dict[str, str], fingerprint: str, watch: Watch
 
 def finish_dry_run(params: MainParams, runs: dict[str, Run], dataset_uri: str) -> None:
     """Show what the training would take; nothing is registered, so there is nothing more to run."""
-    mlflow.set_tag(tracking.TAG_DRY_RUN, "yes")
+    tracking.tag_dry_run()
     tracking.name_run("dry run")
     tracking.describe_steps("Dry run: nothing was trained.", runs)
     typed = mlproject.without_defaults("main", params.given)

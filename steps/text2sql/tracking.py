@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import mlflow
-from mlflow.entities import Metric, Run
+from mlflow.entities import Metric, Run, RunStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
@@ -36,7 +36,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_NAME,
 )
 
-from steps.text2sql import manifest, processes
+from steps.text2sql import manifest, processes, ranks
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import parse, users_folder
 
@@ -140,9 +140,12 @@ def run_in_run(
     `measure` logs how busy CPU, memory, disk and GPUs are, unless the user's
     MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says otherwise.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if ranks.is_first() else logging.ERROR, format="%(message)s")
     _quiet()
     processes.stop_with_launchers()
+    if ranks.has_launcher() or not ranks.is_first():
+        _run_as_one_of_several(body, user_errors)
+        return
     with processes.on_signals(processes.raise_interrupt):
         check_store()
         mlflow.start_run(
@@ -165,6 +168,43 @@ def run_in_run(
             _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
             raise
         mlflow.end_run()
+
+
+def _run_as_one_of_several(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+    """Call a body in a process whose launcher owns the run, ends it, and says why."""
+    with processes.on_signals(processes.raise_interrupt):
+        try:
+            if ranks.is_first():
+                mlflow.start_run()
+            else:
+                ranks.be_silent()
+            body()
+        except Interrupted as error:  # all of them stopped together, which is no failure of this one
+            ranks.tell_ending("stopped", str(error), error.go_on)
+        except KeyboardInterrupt as error:
+            ranks.tell_ending("stopped", str(error) or "SIGINT")
+            raise SystemExit(1) from error
+        except (UserError, *user_errors) as error:
+            ranks.tell_ending("failed", str(error))
+            raise SystemExit(1) from error
+        except ranks.LeftAlone as error:
+            ranks.tell_ending("left", str(error))
+            raise SystemExit(1) from error
+        except BaseException as error:
+            if ranks.tell_ending("failed", f"process {ranks.index()}: {type(error).__name__}: {error}"):
+                raise
+            raise SystemExit(1) from error
+
+
+def of_first_process(log: Callable[..., None]) -> Callable[..., None]:
+    """Do nothing in all but the first of several processes: it alone talks to MLflow and to the user."""
+
+    @functools.wraps(log)
+    def logged(*given: Any, **named: Any) -> None:
+        if ranks.is_first():
+            log(*given, **named)
+
+    return logged
 
 
 def _way_on(error: BaseException) -> str:
@@ -228,6 +268,7 @@ def describe(text: str) -> None:
     mlflow.set_tag(MLFLOW_RUN_NOTE, text)
 
 
+@of_first_process
 def describe_step() -> None:
     """Describe a step by the model version that it is about, the run that started it, and what it chose.
 
@@ -263,9 +304,15 @@ def version_link(name: str, version: str) -> str:
     return f"[{name} version {version}](#/models/{quote(name, safe='')}/versions/{version})"
 
 
+@of_first_process
 def tag_data(*, base_model: str, dataset: str) -> None:
     """Let this run be found by its base model and its dataset."""
     mlflow.set_tags({TAG_BASE_MODEL: base_model, TAG_DATASET: dataset})
+
+
+def tag_dry_run() -> None:
+    """Let this run be told from those that did something."""
+    mlflow.set_tag(TAG_DRY_RUN, "yes")
 
 
 def _end(status: str, tag: str, reason: str) -> None:
@@ -296,6 +343,17 @@ def end_child(step: str, *, stopped_by: str = "") -> str:
     return reason
 
 
+def end_other(run: str, status: str, tags: Mapping[str, str]) -> None:
+    """Set the end of a run whose process is elsewhere, unless it has set one itself and well."""
+    client = mlflow.MlflowClient()
+    for name, value in tags.items():
+        client.set_tag(run, name, value)
+    if status == "KILLED" or not RunStatus.is_terminated(
+        RunStatus.from_string(client.get_run(run).info.status)
+    ):
+        client.set_terminated(run, status)
+
+
 def _quiet() -> None:
     # Each of these says at INFO or WARNING what a user can neither use nor change.
     for name in (
@@ -313,6 +371,11 @@ def _quiet() -> None:
 def run_id() -> str:
     """Id of this step's run."""
     return mlflow.active_run().info.run_id
+
+
+def store_uri() -> str:
+    """Where runs go."""
+    return mlflow.get_tracking_uri()
 
 
 def run_child(step: str, values: Mapping[str, str]) -> Run:
@@ -514,12 +577,14 @@ def _say_once(text: str) -> None:
     print(text, flush=True)
 
 
+@of_first_process
 def note_resumed(run: str, step: int) -> None:
     """Say and keep which run's training this run goes on with, and after how many steps."""
     print(f"\nGoes on after step {step} of run {run}.", flush=True)
     mlflow.set_tags({TAG_RESUMED_FROM: run, TAG_RESUMED_STEP: step})
 
 
+@of_first_process
 def log_choices(**choices: str) -> None:
     """Print what a step chose and why, and keep it as parameters `chosen/…`."""
     width = max(map(len, choices))
@@ -527,6 +592,19 @@ def log_choices(**choices: str) -> None:
     mlflow.log_params({f"{CHOSEN}/{name}": text for name, text in choices.items()})
 
 
+@of_first_process
+def log_metrics(**metrics: float) -> None:
+    """Log single numbers."""
+    mlflow.log_metrics(metrics)
+
+
+@of_first_process
+def log_figure(figure: Any, file: str) -> None:
+    """Log a picture."""
+    mlflow.log_figure(figure, file)
+
+
+@of_first_process
 def log_settings(prefix: str, settings: Mapping[str, Any]) -> None:
     """Log every setting as `prefix/name` and read them back, since MLflow can drop parameters silently.
 
