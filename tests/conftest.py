@@ -1,8 +1,10 @@
 """A tiny random base model, a store of its own for each test, and one chain of steps that many tests read."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import urllib.error
@@ -11,17 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Self
 
 import mlflow
 import pytest
 import torch
 import yaml
 from mlflow.entities import Run
+from mlflow.exceptions import ExecutionException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steps import evaluate, export, prepare_data, promote, register, train
-from steps.text2sql import params, sample_data, tracking
+from steps import evaluate, export, main, prepare_data, promote, register, train
+from steps.text2sql import packaging, params, reuse, sample_data, tracking
 from steps.text2sql.sql_model import BaseModelError
 
 PROJECT = Path(__file__).parents[1]
@@ -36,6 +41,8 @@ STEPS = {
 # The tiny base's matrices are so small that a second thread only waits: 50 times slower on shared cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+# A connection that waits in a pool would be shared by the processes that tests fork.
+os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"
 # Turns as ChatML writes them, with a system turn of its own, as several instruct models have.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
@@ -79,6 +86,76 @@ def failure(step: str, **values: object) -> tuple[str, Run]:
     # Python prints a SystemExit's text and exits with status 1.
     assert isinstance(caught.value.code, str)
     return caught.value.code, mlflow.get_run(mlflow.last_active_run().info.run_id)
+
+
+class Forked:
+    """A process that calls a function, with all that this one has loaded: that takes 14 seconds otherwise.
+
+    It has signal handlers as a new process has. What it prints can be read from `stdout`, line by line.
+    """
+
+    def __init__(self, body: Callable[[], object]) -> None:
+        reading, writing = os.pipe()
+        self.stdout = os.fdopen(reading)
+        self._process = multiprocessing.get_context("fork").Process(target=self._call, args=(body, writing))
+        self._process.start()
+        os.close(writing)
+        self.pid = self._process.pid
+
+    def _call(self, body: Callable[[], object], writing: int) -> None:
+        for number in (1, 2):
+            os.dup2(writing, number)
+        os.close(writing)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        body()
+
+    def wait(self, timeout: float) -> int:
+        """Exit status, negative for a signal."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"not ended after {timeout} s"
+        return self._process.exitcode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self.stdout.close()
+
+
+def run_main(**values: object) -> None:
+    """Run main in this process, as its command line does, and each of its steps in a forked one.
+
+    The parts that load torch in a process of their own are left out: they have tests of their own.
+    """
+    mlflow.projects.run = fork_step
+    reuse.device_kind = lambda: "cpu"
+    packaging.ask_in_fresh_process = lambda *_: "SELECT 1"
+    given = params.parse_main(words(defaults("main") | values))
+    tracking.run_in_run(lambda: main.main(given))
+
+
+def fork_step(
+    *, uri: str, entry_point: str, parameters: dict[str, str], env_manager: str, run_name: str
+) -> SimpleNamespace:
+    """What `mlflow.projects.run` does, with a forked process."""
+    parent, client = mlflow.active_run().info, mlflow.MlflowClient()
+    tags = {MLFLOW_PARENT_RUN_ID: parent.run_id, MLFLOW_PROJECT_ENTRY_POINT: entry_point}
+    run_id = client.create_run(parent.experiment_id, run_name=run_name, tags=tags).info.run_id
+
+    def body() -> None:
+        os.environ["MLFLOW_RUN_ID"] = run_id
+        call_step(entry_point, **parameters)
+
+    with Forked(body) as process:
+        print(process.stdout.read(), flush=True)
+        if process.wait(60):
+            client.set_terminated(run_id, "FAILED")
+            raise ExecutionException(f"Run (ID '{run_id}') failed")
+    return SimpleNamespace(run_id=run_id)
 
 
 @contextmanager

