@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -16,8 +17,11 @@ from types import SimpleNamespace
 from typing import Self
 
 import mlflow
+import mlflow.cli
+import mlflow.server
 import pytest
 import torch
+import uvicorn
 import yaml
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
@@ -111,8 +115,12 @@ class Forked:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         body()
 
+    def poll(self) -> int | None:
+        """Exit status, negative for a signal; None as long as it runs."""
+        return self._process.exitcode
+
     def wait(self, timeout: float) -> int:
-        """Exit status, negative for a signal."""
+        """Exit status, as soon as there is one."""
         self._process.join(timeout)
         assert self._process.exitcode is not None, f"not ended after {timeout} s"
         return self._process.exitcode
@@ -121,9 +129,61 @@ class Forked:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill it, if it still runs."""
         self._process.kill()
         self._process.join()
         self.stdout.close()
+
+
+class Server:
+    """The command `mlflow server` on SQLite, which can go away and come back at its address."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = Forked(self._serve)
+        wait_for(f"{self.url}/health", self.process, self.log)
+
+    def _serve(self) -> None:
+        with self.log.open("a") as log:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+        os.chdir(self.folder)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # further processes, for other work
+        mlflow.server._exec_cmd = self._go_on_here
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        options += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        options += ["--artifacts-destination", str(self.folder / "artifacts")]
+        mlflow.cli.cli(["server", *options])
+
+    @staticmethod
+    def _go_on_here(command: list[str], *, extra_env: dict[str, str], **_: object) -> None:
+        """Do what `python -m uvicorn …` does, without loading all of MLflow once more."""
+        os.environ.update(extra_env)
+        uvicorn.main(command[command.index("uvicorn") + 1 :])
+
+    def stop(self) -> None:
+        """End it as a power cut would."""
+        self.process.end()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server that runs."""
+    found = Server(tmp_path)
+    found.start()
+    yield found
+    found.stop()
 
 
 def run_main(**values: object) -> None:

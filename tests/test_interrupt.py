@@ -6,6 +6,7 @@ import signal
 import mlflow
 import pytest
 
+from steps.text2sql import packaging
 from tests.conftest import QUICK, Forked, call_step, plain_rows, write_jsonl
 
 
@@ -33,7 +34,7 @@ def next_checkpoint(process):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_training_is_killed_and_its_last_checkpoint_can_be_registered(
-    training, dataset_uri, number
+    training, dataset_uri, number, monkeypatch
 ):
     first = next_checkpoint(training)
     assert first.endswith("/checkpoints/checkpoint-2")
@@ -50,6 +51,12 @@ def test_a_stopped_training_is_killed_and_its_last_checkpoint_can_be_registered(
     step = int(last.rsplit("-", 1)[1])
     assert step == max(point.step for point in history(run, "train_loss"))
 
+    # In this process: loading all of it in another one takes long, and is what every registration does.
+    monkeypatch.setattr(
+        packaging,
+        "ask_in_fresh_process",
+        lambda uri, _: mlflow.pyfunc.load_model(uri).predict([packaging.EXAMPLE])[0],
+    )
     registered = call_step("register", adapter_uri=last, dataset_uri=dataset_uri)
     assert registered.info.status == "FINISHED"
     assert mlflow.MlflowClient().get_model_version("text2sql", "1").tags["global_step"] == str(step)
