@@ -75,9 +75,18 @@ def test_a_disk_too_full_for_the_adapter_is_said_and_a_checkpoint_kept(dataset_u
     monkeypatch.setattr(adapter, "save", save_all_but_the_last)
     message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
     assert "the adapter could not be written to" in message
-    assert "resume_from" in message
+    assert (
+        f"checkpoint-4 is kept. Make room, then go on from it with resume_from={run.info.run_id}." in message
+    )
     [kept] = saved_in(run_folder(run.info.run_id))
     assert (kept.name, is_whole(kept)) == ("checkpoint-4", True)
+
+
+def test_a_disk_that_takes_nothing_at_all_is_said(dataset_uri, monkeypatch):
+    monkeypatch.setattr(adapter, "save", full_disk)
+    message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
+    assert "no checkpoint could be written either. Make room, then train again." in message
+    assert run.info.status == "FAILED"
 
 
 def test_a_store_that_refuses_leaves_the_adapter_on_the_disk_and_says_how_to_log_it(

@@ -563,16 +563,20 @@ def model_version(name: str, version: int | str) -> ModelVersion:
     try:
         return mlflow.MlflowClient().get_model_version(name, str(version))
     except MlflowException as error:
+        found = _versions(name)
+        if str(version) in found:
+            raise
         raise UserError(
-            f"registered_model_name={name}: has no version {version}; there are: {_versions(name)}."
+            f"registered_model_name={name}: has no version {version}; there are: "
+            f"{', '.join(found) or 'none'}."
         ) from error
 
 
-def _versions(name: str) -> str:
+def _versions(name: str) -> list[str]:
     found = []
     with suppress(MlflowException):  # a name that MLflow does not allow
         found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
-    return ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
+    return [str(number) for number in sorted(int(one.version) for one in found)]
 
 
 def find_version(model_uri: str) -> ModelVersion:
