@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import mlflow
@@ -14,6 +15,8 @@ import torch
 import yaml
 from datasets import load_from_disk
 from mlflow.artifacts import download_artifacts, load_dict, load_text
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
@@ -33,6 +36,7 @@ NEW_TOKENS = 24
 # Runs where nothing of the project is on the path, as a user would load the model.
 SERVE = """\
 import json, sys
+sys.modules.update(dict.fromkeys(sys.argv[4].split(",")))  # as if they were not installed
 import mlflow, pandas
 rows, moved, limit = json.loads(sys.argv[1]), sys.argv[2], {"max_new_tokens": int(sys.argv[3])}
 model = mlflow.pyfunc.load_model("models:/text2sql@champion")
@@ -86,11 +90,41 @@ def moved_base(tiny_base, tmp_path_factory):
     return folder
 
 
+def not_installed():
+    """Packages of the project that the requirements of a package do not bring, not even by way of others."""
+    pins = yaml.safe_load((PROJECT / "python_env.yaml").read_text())["dependencies"]
+    missing = {pin.split("==")[0] for pin in pins} - brought_by({"pip"})
+    return ",".join(sorted(missing - brought_by(packaging.SERVING)))
+
+
+def brought_by(names):
+    """Names of packages, and of what they depend on here."""
+    found, new = set(), set(names)
+    while new:
+        found |= new
+        lines = [line for name in new for line in metadata.requires(name) or []]
+        needed = [Requirement(line) for line in lines]
+        new = {
+            canonicalize_name(one.name)
+            for one in needed
+            if not one.marker or one.marker.evaluate({"extra": ""})
+        } - found
+    return found
+
+
 @pytest.fixture(scope="module")
 def served(finished_chain, moved_base, tmp_path_factory):
     """What the champion answers in a fresh process and another folder."""
     done = subprocess.run(
-        [sys.executable, "-c", SERVE, json.dumps(QUESTIONS), str(moved_base), str(NEW_TOKENS)],
+        [
+            sys.executable,
+            "-c",
+            SERVE,
+            json.dumps(QUESTIONS),
+            str(moved_base),
+            str(NEW_TOKENS),
+            not_installed(),
+        ],
         cwd=tmp_path_factory.mktemp("elsewhere"),
         env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "MLFLOW_TRACKING_URI": finished_chain.store},
         capture_output=True,
@@ -332,6 +366,11 @@ def test_the_package_requires_what_its_file_imports_as_the_project_pins_it_and_n
     required = (package / "requirements.txt").read_text().split()
     assert set(required) <= set(pins)
     assert {pin.split("==")[0] for pin in required} == imports_of(package / "sql_model.py")
+
+
+def test_the_package_is_served_without_what_only_training_needs(served):
+    assert {"datasets", "pytest", "hypothesis", "sqlglot"} <= set(not_installed().split(","))
+    assert served["plain"]
 
 
 def test_a_package_of_the_embedded_base_requires_what_fetches_and_reads_it_too():
