@@ -81,7 +81,8 @@ def main() -> None:
     options = parse()
     rows = {name: list(islice(found, options.limit)) for name, found in row_sets(options).items()}
     with ProcessPoolExecutor(options.processes) as pool:
-        judge_rows = partial(pool.map, partial(judge_row, per_kind=options.per_kind), chunksize=4)
+        judging = partial(judge_row, per_kind=options.per_kind, seed=options.seed)
+        judge_rows = partial(pool.map, judging, chunksize=4)
         reports = {name: list(judge_rows(found)) for name, found in rows.items()}
         seconds = list(timed(pool, [report for found in reports.values() for report in found]))
     found = [report for of_set in reports.values() for report in of_set]
@@ -107,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, help="JSONL with question, db and prediction")
     parser.add_argument("--limit", type=int, help="rows of each set")
     parser.add_argument("--per-kind", type=int, default=1, help="variants of a kind and row")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of mutants and rewrites")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--survivors", type=Path, help="JSONL to write, with a database that tells them apart"
@@ -144,12 +146,12 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def judge_row(row: Row, *, per_kind: int) -> Report:
+def judge_row(row: Row, *, per_kind: int, seed: int) -> Report:
     """Gold against itself, its rewrites, its mutants and predictions."""
     if not executes(row.context, row.gold):
         return Report(row, executes=False)
-    rewrites = sql_mutations.rewrites(row.context, row.gold, per_kind=per_kind)
-    mutants = sql_mutations.mutants(row.context, row.gold, per_kind=per_kind)
+    rewrites = sql_mutations.rewrites(row.context, row.gold, per_kind=per_kind, seed=seed)
+    mutants = sql_mutations.mutants(row.context, row.gold, per_kind=per_kind, seed=seed)
     databases = RandomDatabases(row.context, [row.gold, *(sql for _, sql in mutants), *row.predictions])
     judged = partial(judge_query, row, databases)
     report = Report(

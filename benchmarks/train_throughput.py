@@ -23,17 +23,18 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from steps.text2sql import adapter, memory_plan, training
+from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import operations_per_second
 from steps.text2sql.sql_model import load_base, pick_device
 
@@ -191,17 +192,37 @@ def train_project(
     compiled: bool = False,
     quantization: str = "nf4",
 ) -> str:
-    """This project's recipe, by the same calls as its train step; its plan comes back."""
-    device, dtype = pick_device()
-    base = load_base(str(folder), quantization)
+    """This project's recipe; its plan comes back."""
     data = datasets.Dataset.from_list(rows(batch_size * steps))
-    data = datasets.DatasetDict(train=data, validation=data.select([]))
+    return fit_project(
+        load_base(str(folder), quantization),
+        datasets.DatasetDict(train=data, validation=data.select([])),
+        batch_size=batch_size,
+        steps=steps,
+        compiled=compiled,
+        callbacks=[clock],
+    )
+
+
+def fit_project(
+    base: PreTrainedModel,
+    data: datasets.DatasetDict,
+    *,
+    batch_size: int,
+    steps: int,
+    compiled: bool,
+    callbacks: list[TrainerCallback],
+    learning_rate: float = 2e-4,
+    logging_steps: int = 10,
+) -> str:
+    """Train by the same calls as the train step; its plan for the memory comes back."""
+    device, dtype = pick_device()
     lora = adapter.lora_config(
         r=LORA["r"], alpha=LORA["lora_alpha"], dropout=0.0, target_modules="all-linear"
     )
     step_tokens = training.mean_tokens(data["train"]) * batch_size
     plan = memory_plan.make(
-        memory_plan.Shape.of(AutoConfig.from_pretrained(folder), dtype),
+        memory_plan.Shape.of(base.config, dtype),
         device=device,
         free=memory_plan.free_bytes(device),
         trainable=adapter.size(base, lora),
@@ -219,11 +240,19 @@ def train_project(
         batch_size=batch_size,
         recompute=plan.recompute,
         optim=training.optimizer(device),
-        learning_rate=2e-4,
-        logging_steps=10,
+        learning_rate=learning_rate,
+        logging_steps=logging_steps,
         disable_tqdm=True,
     )
-    training.train(model, data, settings=settings, plan=plan, replay=device == "cuda", callbacks=[clock])
+    training.train(
+        model,
+        data,
+        settings=settings,
+        plan=plan,
+        replay=device == "cuda",
+        callbacks=callbacks,
+        checkpoints=Checkpoints(lambda *_: None, save_steps=steps + 1),
+    )
     return memory_plan.describe(plan, step_tokens=step_tokens, device=device)
 
 

@@ -17,6 +17,7 @@ from steps.text2sql import (
     manifest,
     packaging,
     report,
+    reuse,
     scored_rows,
     scoring,
     slices,
@@ -138,6 +139,7 @@ def link(version: ModelVersion, rows: pandas.DataFrame, scores: dict[str, str]) 
             tracking.TAG_MODEL_NAME: version.name,
             tracking.TAG_MODEL_VERSION: version.version,
             tracking.TAG_EVALUATED_ROWS: scored_rows.digest(rows),
+            tracking.TAG_CODE: reuse.code_digest(),
         }
     )
     for name, value in (scores | {tracking.TAG_EVALUATION_RUN: tracking.run_id()}).items():

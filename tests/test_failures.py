@@ -25,7 +25,8 @@ def reason(message: str, *, predicted: str = "SELECT a FROM t", stopped: bool = 
         ("ambiguous column name: id", "other error"),
         ("no such function: CONCATENATE", "other error"),
         ("more than 100000 rows or 50000000 characters", "other error"),
-        ("context: no such column: a", "other error"),
+        ("context: no such column: a", "cannot be judged"),
+        ("gold: no such column: a", "cannot be judged"),
     ],
 )
 def test_each_message_has_its_reason(message, expected):
@@ -51,5 +52,5 @@ def test_text_that_was_cut_and_runs_is_judged_by_its_rows():
 
 def test_each_reason_has_a_metric_of_its_own_with_a_name_that_mlflow_takes():
     names = [failures.metric_name(name) for name in failures.REASONS]
-    assert len(set(names)) == len(failures.REASONS) == 8
+    assert len(set(names)) == len(failures.REASONS) == 9
     assert failures.metric_name("does not parse") == "failures/does_not_parse"

@@ -32,12 +32,12 @@ def test_head_sizes_count_where_they_are_not_hidden_size_over_heads():
 
 @pytest.mark.parametrize(
     ("card_gib", "recompute", "dequantize"),
-    [(8, True, False), (10, True, False), (16, False, False), (80, False, True)],
+    [(8, True, False), (10, True, False), (16, False, False), (24, False, True), (80, False, True)],
 )
 def test_the_more_memory_the_less_is_computed_twice(card_gib, recompute, dequantize):
     found = plan(card_gib)
     assert (found.recompute, found.dequantize) == (recompute, dequantize)
-    assert found.tokens >= 1040
+    assert found.tokens >= 1024
 
 
 def test_a_plan_fits_in_what_is_free():
@@ -67,7 +67,7 @@ def test_a_step_of_few_tokens_needs_no_recomputation_where_it_fits_whole():
 
 def test_a_user_decides_on_recomputation_and_tokens():
     assert plan(80, gradient_checkpointing="yes").recompute
-    assert not plan(12, gradient_checkpointing="no").recompute
+    assert not plan(14, gradient_checkpointing="no").recompute
     assert plan(80, micro_batch_tokens=600).tokens == 600
 
 
@@ -95,8 +95,9 @@ def test_too_little_memory_is_an_error_with_ways_out():
         plan(5)
 
 
-def test_half_of_a_plan_has_half_the_tokens():
-    assert plan(80, micro_batch_tokens=600).halved().tokens == 300
+def test_half_of_a_plan_has_half_the_tokens_of_what_did_not_fit():
+    assert plan(80, micro_batch_tokens=600).halved(largest=600).tokens == 300
+    assert plan(80).halved(largest=1000).tokens == 500
 
 
 def test_a_plan_says_what_it_does():

@@ -73,13 +73,16 @@ def test_exact_match_follows_its_rules(gold, predicted, without_case, with_case)
     ],
 )
 def test_execution_match_compares_the_rows_that_come_back(database, gold, predicted, expected):
-    assert scoring.execution_match_on(database, gold, predicted, timeout_seconds=10) is expected
+    found = scoring.execution_difference_on(database, gold, predicted, timeout_seconds=10)
+    assert found == ("" if expected else "other rows than gold")
 
 
-def test_execution_match_needs_both_queries_to_run(database):
-    for gold, predicted in [(GOLD, "SELECT height FROM singer"), ("SELECT height FROM singer", GOLD)]:
-        with pytest.raises(QueryError, match="no such column"):
-            scoring.execution_match_on(database, gold, predicted, timeout_seconds=10)
+def test_a_query_that_fails_is_told_from_gold_that_fails(database):
+    fails = "SELECT height FROM singer"
+    found = scoring.execution_difference_on(database, GOLD, fails, timeout_seconds=10)
+    assert found == "no such column: height"
+    with pytest.raises(QueryError, match="^gold: no such column: height"):
+        scoring.execution_difference_on(database, fails, GOLD, timeout_seconds=10)
 
 
 def test_a_right_prediction_has_all_scores_and_no_reason(database):
@@ -137,8 +140,22 @@ def test_without_a_database_the_rows_of_made_databases_decide():
 def test_a_broken_context_makes_the_prediction_invalid_and_keeps_the_match_of_its_text():
     found = judge(GOLD, database=None, context="CREATE TABLE")
     assert (found.exact_match, found.valid_sql) == (True, False)
-    assert found.reason == "other error"
+    assert found.reason == "cannot be judged"
     assert found.detail.startswith("context: ")
+
+
+def test_gold_that_fails_or_returns_nothing_is_the_rows_fault():
+    for gold in ("SELECT height FROM singer", f"{GOLD} AND 1 = 2"):
+        found = judge(GOLD, gold=gold, database=None)
+        assert (found.execution_accuracy, found.reason) == (False, "cannot be judged")
+
+
+def test_a_prediction_that_is_late_on_made_databases_is_no_wrong_rows():
+    endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n"
+    found = scoring.judge(
+        context=CONTEXT, gold=GOLD, predicted=endless, stopped=True, database=None, timeout_seconds=0.2
+    )
+    assert (found.reason, found.detail) == ("time limit", "took over 0.2 s on the made databases")
 
 
 def test_metrics_are_shares_of_all_rows():

@@ -17,6 +17,7 @@ from steps.text2sql.params import EvaluateParams
 from steps.text2sql.scoring import BASE_PREFIX, EXECUTION_ACCURACY
 
 ROW_COLUMNS = ("question", "context", "gold")
+TIMEOUT = "query_timeout_seconds"
 WHAT_IS_SCORED = {"model_uri", "dataset_uri", "dataset", "eval_rows"}
 
 
@@ -36,13 +37,15 @@ def read(run_id: str, version: ModelVersion) -> Evaluation:
 
 
 def same_rows(version: ModelVersion, run_id: str, evaluation: Evaluation) -> Evaluation | None:
-    """The newest finished evaluation of a version on the rows of that run, if there is one."""
-    tags = {
-        tracking.TAG_MODEL_NAME: version.name,
-        tracking.TAG_MODEL_VERSION: version.version,
-        tracking.TAG_EVALUATED_ROWS: _get(run_id).data.tags.get(tracking.TAG_EVALUATED_ROWS, ""),
-    }
+    """The newest finished evaluation of a version as that run's, if there is one.
+
+    On the same rows, with the same limit on queries, and by the same code: another might judge otherwise.
+    """
+    own = _get(run_id)
+    tags = {tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version}
+    tags |= {name: own.data.tags.get(name, "") for name in (tracking.TAG_EVALUATED_ROWS, tracking.TAG_CODE)}
     wanted = ["attributes.status = 'FINISHED'", *(f"tags.`{name}` = '{tags[name]}'" for name in tags)]
+    wanted.append(f"params.{TIMEOUT} = '{own.data.params.get(TIMEOUT, '')}'")
     runs = mlflow.search_runs(
         search_all_experiments=True,
         filter_string=" and ".join(wanted),

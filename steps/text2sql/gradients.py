@@ -31,7 +31,8 @@ class Gradients:
             )
         ]
         self.graphs: dict[tuple[int, ...], Callable[[Pack, torch.Tensor], torch.Tensor]] = {}
-        self.pool = None
+        if replay:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
 
     def clear(self) -> None:
         """Start a step: all gradients are zero."""
@@ -44,14 +45,16 @@ class Gradients:
         if not self.replay:
             return self._compute(pack.to(self.device), scale)
         shape = (pack.input_ids.shape[1], pack.answers.shape[0], pack.offsets.shape[0])
-        if shape not in self.graphs:
-            self.graphs[shape] = self._capture(pack.to(self.device), scale.clone())
-        return self.graphs[shape](pack, scale)
+        if shape in self.graphs:
+            return self.graphs[shape](pack, scale)
+        held, held_scale = pack.to(self.device), scale.clone()
+        loss = self._warm_up(held, held_scale)
+        self.graphs[shape] = self._record(held, held_scale)
+        return loss
 
     def forget_graphs(self) -> None:
-        """Give back the memory of all recordings."""
+        """Drop all recordings; later ones take their memory."""
         self.graphs.clear()
-        self.pool = None
 
     def _compute(self, pack: Pack, scale: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext():
@@ -59,18 +62,23 @@ class Gradients:
         loss.backward()
         return loss.detach()
 
-    def _capture(self, held: Pack, held_scale: torch.Tensor) -> Callable[[Pack, torch.Tensor], torch.Tensor]:
-        before = self.flat.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles, and sets up what may not be set up while recording
-            self._compute(held, held_scale)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _warm_up(self, pack: Pack, scale: torch.Tensor) -> torch.Tensor:
+        """Compute the first pack of a shape as usual: what may not be set up while recording is set up here.
+
+        Its activations are in the recordings' memory, on their stream, so that no second set of them is held
+        (as in torch's own https://github.com/pytorch/pytorch/pull/96433).
+        """
+        torch.cuda.empty_cache()  # what other pools keep is not taken from them in this one
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            loss = self._compute(pack, scale)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return loss.clone()
+
+    def _record(self, held: Pack, held_scale: torch.Tensor) -> Callable[[Pack, torch.Tensor], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
             loss = self._compute(held, held_scale)
-        self.pool = graph.pool()
-        self.flat.copy_(before)
 
         def replay(pack: Pack, scale: torch.Tensor) -> torch.Tensor:
             for place, part in zip(held, pack, strict=True):

@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from steps.text2sql.errors import UserError
+from steps.text2sql.packing import SHAPE_TOKENS
 
 # More tokens at once make no GPU faster: its matrix units are full from about a thousand on.
 MOST_TOKENS = 8192
 ENOUGH_TOKENS = 1024
 # What of the free memory is planned with; the rest is for fragments and other processes.
-USED_SHARE = {"cuda": 0.92, "cpu": 0.5}
+USED_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Buffers of the libraries.
 WORKSPACE_BYTES = 2**28
 # PyTorch keeps more than the tensors that a backward pass needs: 5.6 MB a token where they are 4.5
@@ -64,8 +65,8 @@ class Shape:
 
     def token_bytes(self, *, recompute: bool) -> int:
         """Activations a token; with recomputation each layer keeps its input alone, and one is whole."""
-        # Logits in the compute type and fp32 with gradients, for the two fifths that may be answers.
-        logits = int(0.4 * self.vocabulary * (2 * self.item + 8))
+        # Logits in the compute type and fp32 with gradients, for the half that has room for answers.
+        logits = self.vocabulary * (2 * self.item + 8) // 2
         if recompute:
             return self.layers * self.hidden * self.item + 2 * self.layer_bytes + logits
         return self.layers * self.layer_bytes + logits
@@ -80,9 +81,9 @@ class Plan:
     dequantize: bool
     reason: str
 
-    def halved(self) -> "Plan":
-        """Half the tokens, after memory ran out."""
-        return Plan(self.tokens // 2, self.recompute, self.dequantize, self.reason)
+    def halved(self, *, largest: int) -> "Plan":
+        """Half the tokens of the largest micro-batch, after memory ran out."""
+        return Plan(min(self.tokens, largest) // 2, self.recompute, self.dequantize, self.reason)
 
 
 def free_bytes(device: str) -> int:
@@ -137,10 +138,12 @@ def make(
     budget = int(free * USED_SHARE[device]) - WORKSPACE_BYTES - trainable * TRAINABLE_BYTES
     # In 4 bits and 0.127 of scales a weight; one layer's worth is dequantized at a time.
     unpacked = int(four_bit * (shape.item - 0.516))
+    filled_up_to = SHAPE_TOKENS if device == "cuda" else 1
+    longest = -(-longest // filled_up_to) * filled_up_to
     wanted = max(longest, min(step_tokens, ENOUGH_TOKENS))
     for dequantize, recompute in WAYS[gradient_checkpointing]:
         room = budget - (unpacked if dequantize else shape.hidden * shape.intermediate * shape.item)
-        tokens = room // shape.token_bytes(recompute=recompute)
+        tokens = room // shape.token_bytes(recompute=recompute) // filled_up_to * filled_up_to
         is_choice = gradient_checkpointing == "auto" and not recompute
         if tokens >= (wanted if is_choice else longest) and (four_bit or not dequantize):
             most = MOST_TOKENS if micro_batch_tokens == "auto" else int(micro_batch_tokens)

@@ -7,6 +7,8 @@ import torch
 
 from steps.text2sql.tokenization import IGNORED
 
+# Shapes of packs differ by this many tokens on a GPU, where every shape is recorded once.
+SHAPE_TOKENS = 128
 Row = Mapping[str, Sequence[int]]
 
 

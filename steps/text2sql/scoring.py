@@ -19,6 +19,7 @@ from steps.text2sql.sql_execution import QueryError, check_query, is_ordered, ru
 EXECUTION_ACCURACY = "execution_accuracy"
 # Before the names of metrics and columns of the base, with the adapter off.
 BASE_PREFIX = "base_"
+OTHER_ROWS = "other rows than gold"
 METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "stopped")
 
 
@@ -50,15 +51,21 @@ def exact_match(gold: str, predicted: str, *, ignore_case: bool = True) -> bool:
     return gold.lower() == predicted.lower() if ignore_case else gold == predicted
 
 
-def execution_match_on(database: Path, gold: str, predicted: str, *, timeout_seconds: float) -> bool:
-    """Whether a prediction returns what gold returns on a populated database.
+def execution_difference_on(database: Path, gold: str, predicted: str, *, timeout_seconds: float) -> str:
+    """Why a prediction is wrong on a populated database; empty if it returns what gold returns.
 
     Raises:
-        QueryError: one of them returns no result.
+        QueryError: gold returns no result.
     """
-    expected = run_query(database, gold, timeout_seconds=timeout_seconds)
-    found = run_query(database, predicted, timeout_seconds=timeout_seconds)
-    return same_result(expected, found, ordered=is_ordered(gold))
+    try:
+        expected = run_query(database, gold, timeout_seconds=timeout_seconds)
+    except QueryError as error:
+        raise QueryError(f"gold: {error}") from error
+    try:
+        found = run_query(database, predicted, timeout_seconds=timeout_seconds)
+    except QueryError as error:
+        return str(error)
+    return "" if same_result(expected, found, ordered=is_ordered(gold)) else OTHER_ROWS
 
 
 def execution_match(
@@ -72,6 +79,13 @@ def execution_match(
     Raises:
         QueryError: the context or gold does not execute, so that no prediction can be judged; says which.
     """
+    return not execution_difference(context, gold, predicted, timeout_seconds=timeout_seconds, seed=seed)
+
+
+def execution_difference(
+    context: str, gold: str, predicted: str, *, timeout_seconds: float, seed: int = 0
+) -> str:
+    """Why `execution_match` calls a prediction wrong; empty for a right one."""
     answers, may_permute = _gold_answers(context, gold, timeout_seconds, seed)
     comparison = Comparison(may_permute=may_permute)
     deadline = time.monotonic() + timeout_seconds
@@ -79,11 +93,12 @@ def execution_match(
         left = max(deadline - time.monotonic(), 0.0)
         try:
             found = run_query(answer.database, predicted, timeout_seconds=left)
-        except QueryError:
-            return False
+        except QueryError as error:
+            late = time.monotonic() >= deadline
+            return f"took over {timeout_seconds:g} s on the made databases" if late else str(error)
         if not comparison.agrees(answer, found):
-            return False
-    return any(answer.length for answer in answers)
+            return OTHER_ROWS
+    return "" if any(answer.length for answer in answers) else "gold: returns no row on any made database"
 
 
 # The rows of one evaluation, so that base and tuned model share the work; about 0.1 MB each.
@@ -105,25 +120,23 @@ def judge(
     *, context: str, gold: str, predicted: str, stopped: bool, database: Path | None, timeout_seconds: float
 ) -> Verdict:
     """All scores of one prediction."""
-    detail, is_valid, is_right = "", True, None
+    detail, is_valid = "", True
     try:
         check_query(context, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
         is_valid, detail = False, str(error)
     try:
-        is_right = is_valid and (
-            execution_match_on(database, gold, predicted, timeout_seconds=timeout_seconds)
-            if database
-            else execution_match(context, gold, predicted, timeout_seconds=timeout_seconds)
-        )
-        detail = detail or ("" if is_right else "other rows than gold")
+        if is_valid and database:
+            detail = execution_difference_on(database, gold, predicted, timeout_seconds=timeout_seconds)
+        elif is_valid:
+            detail = execution_difference(context, gold, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
-        is_right, detail = False, detail or str(error)
+        detail = str(error)
     return Verdict(
         exact_match=exact_match(gold, predicted),
         exact_match_case=exact_match(gold, predicted, ignore_case=False),
         valid_sql=is_valid,
-        execution_accuracy=is_right,
+        execution_accuracy=not detail,
         stopped=stopped,
         reason=failures.classify(detail, predicted=predicted, stopped=stopped),
         detail=detail,

@@ -16,11 +16,9 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.gradients import Gradients
 from steps.text2sql.memory_plan import Plan
 from steps.text2sql.packed_attention import summed_loss
-from steps.text2sql.packing import Pack, Row
+from steps.text2sql.packing import SHAPE_TOKENS, Pack, Row
 
 logger = logging.getLogger(__name__)
-# Shapes of packs differ by this many tokens on a GPU, where every shape is recorded once.
-SHAPE_TOKENS = 128
 
 
 class Shuffled(SeedableRandomSampler):
@@ -81,11 +79,11 @@ class PackedTrainer(ResumableTrainer):
                     f"the GPU is out of memory with {self.plan.tokens} tokens at once too; "
                     "give gradient_checkpointing=yes, or prepare the data with a smaller max_length."
                 ) from error
-        self._halve()
+        self._halve(largest=max(one.input_ids.shape[1] for one in self._packs(rows)))
         return self._step(model, rows)
 
-    def _halve(self) -> None:
-        self.has_halved, self.plan = True, self.plan.halved()
+    def _halve(self, *, largest: int) -> None:
+        self.has_halved, self.plan = True, self.plan.halved(largest=largest)
         logger.warning("\nOut of memory: going on with %d tokens at once", self.plan.tokens)
         self.gradients.forget_graphs()
         torch.cuda.empty_cache()

@@ -169,7 +169,11 @@ def validation_rows(data: datasets.DatasetDict, settings: TrainingArguments) -> 
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Compile the decoder's layers: one compilation serves them all, for every number of tokens."""
+    """Compile the decoder's layers: one compilation serves them all, for every number of tokens.
+
+    The input of the first layer, too, is made to need a gradient: else that layer is compiled apart.
+    """
+    model.enable_input_require_grads()
     for layer in model.get_base_model().get_decoder().layers:
         layer.compile(dynamic=True)
 
