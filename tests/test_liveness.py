@@ -30,9 +30,11 @@ def living(*run_ids):
             signal.pause()
         os._exit(0)
     os.read(reading, 1)
-    yield process
-    with suppress(ProcessLookupError, ChildProcessError):
-        end(process)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):
+            end(process)
 
 
 def end(process):
@@ -59,8 +61,10 @@ def test_a_process_that_replaces_itself_by_another_program_lives():
             os.dup2(writing, 1)
             os.execvp("sh", ["sh", "-c", "echo; exec sleep 600"])
     os.read(reading, 1)
-    assert liveness.state("a") == "alive"
-    end(process)
+    try:
+        assert liveness.state("a") == "alive"
+    finally:
+        end(process)
     assert liveness.state("a") == "gone"
 
 
