@@ -7,9 +7,12 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from steps.text2sql import processes, resume, reuse, screen, tracking
+from steps.text2sql import launch_config, processes, remote_step, resume, reuse, screen, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
+
+# Parameters of train that are for main alone, and what they are where a user does not give them.
+ELSEWHERE = {"project_backend": "local", "backend_config": ""}
 
 
 def main(params: MainParams) -> None:
@@ -24,6 +27,7 @@ def main(params: MainParams) -> None:
 
 def chain(params: MainParams) -> None:
     """Run the steps, each with what the ones before it found out."""
+    check_devices(**params.steps["train"])
     prepared = run_step("prepare_data", params)
     dataset_uri = f"runs:/{prepared.info.run_id}/{tracking.DATASET}"
     trained = run_step("train", params, dataset_uri=dataset_uri)
@@ -39,6 +43,12 @@ def chain(params: MainParams) -> None:
         promoted = run_step("promote", params, version=version, evaluation_run_id=evaluated.info.run_id)
         gate = promoted.data.tags[tracking.TAG_GATE_REASON]
     finish(prepared, evaluated, name=name, version=version, gate=gate)
+
+
+def check_devices(launch: str, project_backend: str = ELSEWHERE["project_backend"], **_: str) -> None:
+    """Refuse a training in several processes that this machine has no GPUs for, before any step runs."""
+    if launch != "single" and project_backend == "local":
+        launch_config.check_gpus(launch, len(reuse.gpus()))
 
 
 def run_step(step: str, params: MainParams, **found: str) -> Run:
@@ -70,14 +80,17 @@ def run_step(step: str, params: MainParams, **found: str) -> Run:
 
 
 def start_step(step: str, values: dict[str, str], fingerprint: str) -> Run:
-    """Run a step as a child of this run, in this environment.
+    """Run a step as a child of this run, here or where `project_backend` says.
 
     Raises:
         UserError: it failed; its own message stands above on the screen.
         tracking.Interrupted: a signal came, and no process of the step is left.
     """
+    backend, config = (values.pop(name, default) for name, default in ELSEWHERE.items())
     print(f"  {screen.step_command(step, values)}", flush=True)
     os.environ[tracking.FINGERPRINT_VARIABLE] = fingerprint
+    if backend != "local":
+        return remote_step.run(step, values, backend=backend, config=config, fingerprint=fingerprint)
     stopper = processes.Stopper()
     try:
         with stopper.listening():

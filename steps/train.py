@@ -1,11 +1,13 @@
-"""Fine-tune the quantized base with LoRA on a prepared dataset."""
+"""Fine-tune the quantized base with LoRA on a prepared dataset, in one process or in several."""
 
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import datasets
-import mlflow
+import torch
 import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
@@ -13,21 +15,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArgum
 from steps.text2sql import (
     adapter,
     base_model,
+    collectives,
     figures,
+    launching,
     manifest,
     memory_plan,
+    processes,
+    ranks,
     resume,
     screen,
+    sharding,
     tracking,
     training,
 )
+from steps.text2sql.adapter import ParameterCount
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device, operations_per_second
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
-from steps.text2sql.outputs import Outputs
+from steps.text2sql.outputs import NoOutputs, Outputs
 from steps.text2sql.params import TrainParams
-from steps.text2sql.run_folder import run_folder
+from steps.text2sql.run_folder import run_folder, step_of
 from steps.text2sql.sql_model import (
     BaseModelError,
     load_base,
@@ -37,39 +45,64 @@ from steps.text2sql.sql_model import (
 )
 from steps.text2sql.tokenization import fingerprint
 
-# Where a training comes from and how often it reports does not change what it learns.
-NO_RECIPE = {"dataset_uri", "resume_from", "keep_checkpoints", "save_steps", "logging_steps"}
+# Settings that a training goes on with, `auto` resolved.
+RESOLVED = ("max_steps", "learning_rate", "warmup_steps", "optim")
 
 
 def main(params: TrainParams) -> None:
-    """Train, and log the adapter with all that repeats it."""
-    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
-        described = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
-        data = datasets.load_from_disk(folder, keep_in_memory=True)
-    base_model.check_memory(described.base_model, params.quantization)
+    """Train here, or start the processes that do."""
+    if params.project_backend != "local":
+        raise UserError(
+            f"project_backend={params.project_backend}: is for main, which sends train there; train alone is "
+            f"sent with: mlflow run . -e train --backend {params.project_backend} --backend-config <file>"
+        )
+    if launching.is_due(params.launch):
+        launching.run("steps.train", vars(params), launch=params.launch)
+        return
+    with collectives.joined():
+        train(params)
+
+
+def train(params: TrainParams) -> None:
+    """Train, and log the adapter with all that repeats it; so each of the processes that train together."""
+    described, data = load_data(params.dataset_uri)
+    base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     tokenizer = load_tokenizer(described, params.dataset_uri)
     transformers.set_seed(params.seed)
-    model, plan = load_model(params, described, data)
-    settings = trainer_settings(params, model, plan, rows=len(data["train"]))
-    tracking.log_settings("trainer", settings.to_dict())
-    speed = speed_settings(params, model, data, settings)
+    model, plan, count = load_model(params, described, data)
+    settings = trainer_settings(params, plan, rows=len(data["train"]), frozen_parameters=count.frozen)
+    speed = speed_settings(params, model, data, steps=settings.max_steps, frozen_parameters=count.frozen)
+    with open_outputs(params, settings, described, model, tokenizer) as outputs:
+        fit(params, settings, outputs, data, plan, speed)
+    if params.resume_from and ranks.is_first():  # what it left on this machine is not needed any more
+        shutil.rmtree(run_folder(params.resume_from), ignore_errors=True)
 
-    with Outputs(
+
+def open_outputs(
+    params: TrainParams,
+    settings: TrainingArguments,
+    described: DatasetManifest,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Outputs | NoOutputs:
+    """Where adapter, checkpoints and curves go."""
+    resolved = {name: getattr(settings, name) for name in RESOLVED}
+    recipe = resume.recipe_of(vars(params), resolved, vars(described))
+    if not ranks.is_first():
+        return NoOutputs(model, recipe)
+    return Outputs(
         model,
         tokenizer,
         lambda step: AdapterManifest(params.quantization, step, settings.max_steps, vars(described)),
-        recipe=recipe(params, settings, described),
+        recipe=recipe,
         keep=params.keep_checkpoints,
-    ) as outputs:
-        fit(params, settings, outputs, data, plan, speed)
-    if params.resume_from:  # what it left on this machine is not needed any more
-        shutil.rmtree(run_folder(params.resume_from), ignore_errors=True)
+    )
 
 
 def fit(
     params: TrainParams,
     settings: TrainingArguments,
-    outputs: Outputs,
+    outputs: Outputs | NoOutputs,
     data: datasets.DatasetDict,
     plan: memory_plan.Plan,
     speed: dict[str, float],
@@ -80,7 +113,7 @@ def fit(
         tracking.Interrupted: a signal came; there is a checkpoint of the last step.
     """
     reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size, **speed)
-    with resume.checkpoint(params.resume_from, outputs.recipe) as resume_from:
+    with checkpoint_for_all(params.resume_from, outputs.recipe) as resume_from:
         checkpoints = Checkpoints(
             outputs.save_checkpoint, save_steps=params.save_steps, resume_from=resume_from
         )
@@ -90,16 +123,52 @@ def fit(
                 data,
                 settings=settings,
                 plan=plan,
-                replay=pick_device()[0] == "cuda" and not params.lora_dropout,
+                replay=pick_device()[0] == "cuda" and not params.lora_dropout and not ranks.is_sharded(),
                 callbacks=[reporter],
                 checkpoints=checkpoints,
             )
     if checkpoints.stopped_by:
-        go_on = {name: str(value) for name, value in vars(params).items()} | {"resume_from": outputs.run_id}
-        raise tracking.Interrupted(checkpoints.stopped_by, screen.to_go_on("train", go_on))
+        processes.ignore_terminations()  # a checkpoint is on its way to the store
+        raise tracking.Interrupted(checkpoints.stopped_by, how_to_go_on(params))
     outputs.keep_adapter(settings.max_steps)
-    mlflow.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
-    mlflow.log_metric("train_loss_mean", mean_loss)
+    tracking.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
+    tracking.log_metrics(train_loss_mean=mean_loss)
+
+
+@contextmanager
+def checkpoint_for_all(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
+    """As `resume.checkpoint`, looked for once a machine.
+
+    Raises:
+        UserError: as there, or the machines found different ones.
+    """
+    with collectives.once_a_machine(lambda: resume.checkpoint(run_id, recipe)) as found:
+        step = step_of(found) if found else 0
+        if collectives.largest(step) != collectives.smallest(step):
+            raise UserError(
+                f"resume_from={run_id}: the machines found checkpoints of different steps, {step} on this "
+                f"one; copy the newest in {run_folder(run_id)} to all, or wait until the store has it."
+            )
+        yield found
+
+
+def how_to_go_on(params: TrainParams) -> str:
+    """What to type after this training was stopped; only the first of several processes says it."""
+    if not ranks.is_first():
+        return ""
+    values = {name: str(value) for name, value in vars(params).items()}
+    return screen.to_go_on("train", values | {"resume_from": tracking.run_id()})
+
+
+def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
+    """What prepare_data made; fetched once a machine."""
+
+    def download() -> AbstractContextManager[Path]:
+        return tracking.downloaded(dataset_uri, parameter="dataset_uri", needs=manifest.FILE)
+
+    with collectives.once_a_machine(download) as folder:
+        described = manifest.read(DatasetManifest, folder, source=f"dataset_uri={dataset_uri}")
+        return described, datasets.load_from_disk(folder, keep_in_memory=True)
 
 
 def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTokenizerFast:
@@ -115,9 +184,11 @@ def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTo
 
 def load_model(
     params: TrainParams, described: DatasetManifest, data: datasets.DatasetDict
-) -> tuple[PeftModel, memory_plan.Plan]:
-    """Quantized base with a new adapter, and the plan for its memory; settings and numbers are logged."""
-    base = load_base(described.base_model, params.quantization)
+) -> tuple[PeftModel, memory_plan.Plan, ParameterCount]:
+    """Quantized base with a new adapter, the plan for its memory, and its size; settings are logged."""
+    # FSDP divides numbers of the dtype that is computed in; the 4-bit values in them are the same.
+    storage = pick_device()[1] if ranks.is_sharded() else torch.uint8
+    base = load_base(described.base_model, params.quantization, storage=storage)
     lora = adapter.lora_config(
         r=params.lora_r,
         alpha=params.lora_alpha,
@@ -126,54 +197,75 @@ def load_model(
     )
     plan = plan_memory(params, base, data, adapter.size(base, lora))
     model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
-    quantization = quantization_config(params.quantization, pick_device()[1])
+    count = adapter.count_parameters(model)
+    quantization = quantization_config(params.quantization, pick_device()[1], storage=storage)
     tracking.log_settings("lora", model.peft_config["default"].to_dict())
     tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
-    count = adapter.count_parameters(model)
     tracking.log_choices(
         device=describe_device(),
+        processes=describe_processes(),
         base_model=f"{described.base_model}, quantization {params.quantization}",
         trainable=f"{count.trainable:,} of {count.all:,} parameters ({count.share:.2%})",
     )
-    mlflow.log_metrics(
-        {"trainable_parameters": count.trainable, "all_parameters": count.all, "trainable_share": count.share}
+    tracking.log_metrics(
+        trainable_parameters=count.trainable, all_parameters=count.all, trainable_share=count.share
     )
-    return model, plan
+    if ranks.is_sharded():
+        sharding.shard(model)
+    return model, plan, count
+
+
+def describe_processes() -> str:
+    """How many train, and what is divided among them."""
+    if ranks.count() == 1:
+        return "1"
+    divided = "rows and base (FSDP)" if ranks.is_sharded() else "rows"
+    return f"{ranks.count()}, {ranks.count_here()} on this machine, {divided} divided among them"
 
 
 def plan_memory(
     params: TrainParams, base: PreTrainedModel, data: datasets.DatasetDict, trainable: int
 ) -> memory_plan.Plan:
-    """How to use the memory that is free with the base loaded; says so."""
+    """How to use the memory that is free with the base loaded, the same in all processes; says so."""
     device, dtype = pick_device()
-    step_tokens = training.mean_tokens(data["train"]) * params.batch_size
+    collectives.smallest(0)  # when all have loaded it
+    free = collectives.smallest(memory_plan.free_bytes(device, processes=ranks.count_here()))
+    step_tokens = training.mean_tokens(data["train"]) * params.batch_size / ranks.count()
     plan = memory_plan.make(
         memory_plan.Shape.of(base.config, dtype),
         device=device,
-        free=memory_plan.free_bytes(device),
+        free=int(free),
         trainable=trainable,
         four_bit=memory_plan.four_bit_parameters(base),
         longest=training.longest_row(data),
         step_tokens=int(step_tokens),
         gradient_checkpointing=params.gradient_checkpointing,
         micro_batch_tokens=params.micro_batch_tokens,
+        sharded=ranks.is_sharded(),
     )
     tracking.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
     return plan
 
 
 def speed_settings(
-    params: TrainParams, model: PeftModel, data: datasets.DatasetDict, settings: TrainingArguments
+    params: TrainParams,
+    model: PeftModel,
+    data: datasets.DatasetDict,
+    *,
+    steps: int,
+    frozen_parameters: int,
 ) -> dict[str, float]:
     """Compile the layers where that pays; what Reporter measures speed by comes back."""
-    count = adapter.count_parameters(model)
     speed = {
-        "frozen_parameters": count.all - count.trainable,
-        "operations_per_second": operations_per_second(),
+        "frozen_parameters": frozen_parameters,
+        "operations_per_second": operations_per_second() * ranks.count(),
     }
-    tokens = training.mean_tokens(data["train"]) * params.batch_size * settings.max_steps
+    tokens = training.mean_tokens(data["train"]) * params.batch_size * steps
     pays = pick_device()[0] == "cuda" and training.compiling_pays(tokens=tokens, **speed)
-    chosen = {"auto": "yes" if pays else "no"}.get(params.torch_compile, params.torch_compile)
+    can = not ranks.is_sharded()  # a compiled layer would hold on to weights that come and go
+    chosen = {"auto": "yes" if pays and can else "no"}.get(params.torch_compile, params.torch_compile)
+    if chosen == "yes" and not can:
+        raise UserError("torch_compile=yes: not with a base that is divided (FSDP); give auto or no.")
     if chosen == "yes":
         training.compile_layers(model)
     tracking.log_choices(torch_compile=chosen)
@@ -181,29 +273,20 @@ def speed_settings(
 
 
 def trainer_settings(
-    params: TrainParams, model: PeftModel, plan: memory_plan.Plan, *, rows: int
+    params: TrainParams, plan: memory_plan.Plan, *, rows: int, frozen_parameters: int
 ) -> TrainingArguments:
-    """Every setting of the Trainer, with `auto` resolved by the device and the size of the base."""
-    device, _ = pick_device()
-    count = adapter.count_parameters(model)
-    frozen = count.all - count.trainable
+    """Every setting of the Trainer, with `auto` resolved; logged."""
     steps = training.total_steps(
         rows=rows,
         batch_size=params.batch_size,
         max_steps=params.max_steps,
         num_train_epochs=params.num_train_epochs,
     )
-    auto = {
-        "learning_rate": training.learning_rate(frozen),
-        "warmup_steps": steps // 20,
-        "optim": training.optimizer(device),
-    }
-    chosen = {
-        name: found if getattr(params, name) == "auto" else getattr(params, name)
-        for name, found in auto.items()
-    }
+    chosen = training.resolve_auto(
+        vars(params), frozen_parameters=frozen_parameters, steps=steps, device=pick_device()[0]
+    )
     tracking.log_choices(**{name: str(value) for name, value in chosen.items()}, steps=str(steps))
-    return training.arguments(
+    settings = training.arguments(
         Path(tempfile.gettempdir()),
         steps=steps,
         batch_size=params.batch_size,
@@ -215,14 +298,8 @@ def trainer_settings(
         logging_steps=params.logging_steps,
         seed=params.seed,
     )
-
-
-def recipe(params: TrainParams, settings: TrainingArguments, described: DatasetManifest) -> dict[str, str]:
-    """All that decides what a training learns, `auto` resolved: only with the same one it goes on."""
-    resolved = ("max_steps", "learning_rate", "warmup_steps", "optim")
-    found = {name: value for name, value in vars(params).items() if name not in NO_RECIPE}
-    found |= {name: getattr(settings, name) for name in resolved} | vars(described)
-    return {name: str(value) for name, value in found.items()}
+    tracking.log_settings("trainer", settings.to_dict())
+    return settings
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
     with callback.listening():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
+        callback.on_step_end(None, SimpleNamespace(global_step=1, max_steps=9), SimpleNamespace())
         assert callback.stopped_by == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -24,6 +24,7 @@ MAY_IMPORT_MLFLOW = {
         "promotions",
         "promotion_lock",
         "prompt_registry",
+        "remote_step",
         "transformers_flavor",
     )
 }

@@ -81,9 +81,9 @@ def test_a_disk_that_takes_no_file_costs_nothing_but_the_knowledge(tmp_path):
         assert liveness.state("a") == "unknown"
 
 
-def begun(name, parent=None):
+def begun(name, parent=None, backend="local"):
     """Id of a run that says RUNNING."""
-    tags = {"mlflow.parentRunId": parent} if parent else {}
+    tags = {"mlflow.project.backend": backend} | ({"mlflow.parentRunId": parent} if parent else {})
     return mlflow.MlflowClient().create_run("0", run_name=name, tags=tags).info.run_id
 
 
@@ -100,6 +100,7 @@ LEFT = ("RUNNING", None)
 def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(store, capsys):
     main = begun("main")
     train, register = begun("train", main), begun("register", main)
+    sent = begun("train", main, backend="slurm")
     elsewhere, at_work = begun("elsewhere"), begun("main")
     its_train = begun("train", at_work)
     with living(main, train) as killed, living(at_work):
@@ -107,7 +108,7 @@ def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(store, c
         tracking.run_in_run(lambda: None)
         # register had begun, but its process had not yet.
         assert statuses(main, train, register) == [LOST, LOST, LOST]
-        assert statuses(elsewhere, at_work, its_train) == [LEFT, LEFT, LEFT]
+        assert statuses(sent, elsewhere, at_work, its_train) == [LEFT, LEFT, LEFT, LEFT]
     assert f"Run {train} (train) is FAILED now: its process ended without a word" in capsys.readouterr().out
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from steps.text2sql import memory_plan
+from steps.text2sql import memory_plan, sql_model
 from steps.text2sql.errors import UserError
 
 MISTRAL = memory_plan.Shape.of(MistralConfig(), torch.bfloat16)
@@ -106,3 +106,15 @@ def test_a_plan_says_what_it_does():
         "600 tokens at once (about 2 micro-batches a step), weights dequantized once, "
         "75.8 GiB free on the GPU"
     )
+
+
+def test_weights_that_are_divided_among_processes_stay_in_4_bits():
+    assert plan(80).dequantize
+    assert not plan(80, sharded=True).dequantize
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+def test_4_bit_weights_are_counted_whatever_they_are_kept_as(tiny_base, storage):
+    model = sql_model.load_base(str(tiny_base), "nf4", storage=storage)
+    # Two layers with four of 64 x 64 for attention and three of 64 x 128.
+    assert memory_plan.four_bit_parameters(model) == 2 * (4 * 64 * 64 + 3 * 64 * 128)

@@ -37,11 +37,11 @@ def table(tuned, base=None, first=0):
     return found
 
 
-def log_evaluation(version, rows, *, digest="rows", metrics=None):
+def log_evaluation(version, rows, *, digest="rows", code="code", limit="2.5", metrics=None):
     """What an evaluate run leaves in the active run."""
-    mlflow.set_tags(
-        {"registered_model_name": MODEL, "model_version": str(version), "evaluated_rows_digest": digest}
-    )
+    tags = {"registered_model_name": MODEL, "model_version": str(version), "code_digest": code}
+    mlflow.set_tags(tags | {"evaluated_rows_digest": digest})
+    mlflow.log_param("query_timeout_seconds", limit)
     shares = {name: rows[name].mean() for name in ("execution_accuracy", "base_execution_accuracy")}
     mlflow.log_metrics(metrics if metrics is not None else shares)
     mlflow.log_table(rows, "predictions.json")
@@ -278,7 +278,6 @@ def with_rows(made, first, count):
 def test_a_champion_with_other_rows_is_scored_again_on_the_candidates(scored, evaluate_step):
     promoted(scored("1" * 40))
     made = with_rows(scored("1" * 20 + "0" * 20, first=100, digest="new"), 100, 40)
-    mlflow.MlflowClient().log_param(made[1], "query_timeout_seconds", "2.5")
     mlflow.MlflowClient().log_param(made[1], "dataset_uri", "runs:/1/dataset")
     promoted(made)
     [(step, values, rows)] = evaluate_step
@@ -298,6 +297,13 @@ def test_the_scores_of_the_second_time_are_found_the_next_time(scored, evaluate_
     promoted(made)
     assert len(evaluate_step) == 1
     assert champion() == 1
+
+
+@pytest.mark.parametrize("other", [{"code": "newer"}, {"limit": "9.0"}])
+def test_scores_by_other_code_or_another_limit_are_made_again(scored, evaluate_step, other):
+    promoted(scored("1" * 20 + "0" * 20))
+    promoted(with_rows(scored("1" * 40, **other), 0, 40))
+    assert len(evaluate_step) == 1
 
 
 def test_a_candidate_that_is_refused_alone_costs_no_second_scoring(scored, evaluate_step):

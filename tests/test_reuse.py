@@ -28,8 +28,9 @@ def test_another_run_with_the_same_artifact_is_the_same():
     assert fingerprint(values=VALUES | {"dataset_uri": "runs:/b/dataset"}) == fingerprint()
 
 
-def test_where_a_training_goes_on_does_not_count():
-    assert fingerprint(values=VALUES | {"resume_from": "ab12"}) == fingerprint()
+@pytest.mark.parametrize(("name", "value"), [("resume_from", "ab12"), ("launch", "ddp")])
+def test_where_a_training_goes_on_and_in_how_many_processes_does_not_count(name, value):
+    assert fingerprint(values=VALUES | {name: value}) == fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,9 @@ def test_a_broken_context_makes_the_prediction_invalid_and_keeps_the_match_of_it
 
 
 def test_gold_that_fails_or_returns_nothing_is_the_rows_fault():
-    for gold in ("SELECT height FROM singer", f"{GOLD} AND 1 = 2"):
-        found = judge(GOLD, gold=gold, database=None)
+    empty = f"{GOLD} AND 1 = 2"
+    for gold, predicted in [("SELECT height FROM singer", GOLD), (empty, empty)]:
+        found = judge(predicted, gold=gold, database=None)
         assert (found.execution_accuracy, found.reason) == (False, "cannot be judged")
 
 

@@ -24,6 +24,11 @@ class ParameterCount(NamedTuple):
     all: int
 
     @property
+    def frozen(self) -> int:
+        """Those of the base."""
+        return self.all - self.trainable
+
+    @property
     def share(self) -> float:
         """Trainable ones of all, 0 to 1."""
         return self.trainable / self.all

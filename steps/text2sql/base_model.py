@@ -119,15 +119,15 @@ def memory_needed(reference: str, quantization: str) -> int:
     return int(linear * (NF4_BYTES if quantization == "nf4" else 4) + rest * 4) + WORKING_MEMORY_BYTES
 
 
-def check_memory(reference: str, quantization: str) -> None:
-    """Refuse a base that cannot be trained in this machine's memory; a GPU is not looked at.
+def check_memory(reference: str, quantization: str, *, processes: int = 1) -> None:
+    """Refuse a base that so many processes cannot train in this machine's memory; a GPU is not looked at.
 
     Raises:
         UserError: naming what is needed and what there is.
     """
     if pick_device()[0] != "cpu":
         return
-    needed, free = memory_needed(reference, quantization), psutil.virtual_memory().available
+    needed, free = memory_needed(reference, quantization) * processes, psutil.virtual_memory().available
     if needed > free:
         nf4 = "quantization=nf4 or " if quantization != "nf4" else ""
         raise UserError(

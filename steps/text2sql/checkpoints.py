@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from steps.text2sql import adapter
+from steps.text2sql import adapter, collectives, ranks
 from steps.text2sql.errors import UserError
 from steps.text2sql.processes import on_signals
 
@@ -98,7 +98,7 @@ def read_values(folder: Path) -> Any:
 
 def random_states() -> dict[str, Any]:
     """States of all generators that a training draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
@@ -113,7 +113,13 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     numpy.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"][0])
+
+
+def spread_random_state(salt: int) -> None:
+    """Have all but the first of several processes draw numbers of their own, as dropout needs."""
+    if ranks.index():
+        torch.manual_seed(torch.initial_seed() + ranks.index() * 1_000_003 + salt)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -158,7 +164,8 @@ class Checkpoints(TrainerCallback):
     """When a checkpoint is saved: every `save_steps` steps, and once more when a signal stops the training.
 
     `save` gets the step and a function that writes what the training needs to go on into a folder. With
-    `resume_from`, a checkpoint's folder, the training goes on from it.
+    `resume_from`, a checkpoint's folder, the training goes on from it. Several processes stop after the same
+    step, whichever of them got the signal.
     """
 
     def __init__(
@@ -172,6 +179,7 @@ class Checkpoints(TrainerCallback):
         self.save_steps = save_steps
         self.resume_from = resume_from
         self.stopped_by = ""
+        self._signal = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint, and end the training after the current step if a signal came.
@@ -179,7 +187,9 @@ class Checkpoints(TrainerCallback):
         The Trainer saves after it has logged and validated, so that both happen once.
         """
         is_last = state.global_step >= state.max_steps
-        if self.stopped_by:
+        number = int(collectives.largest(self._signal))
+        if number:
+            self.stopped_by = signal.Signals(number).name
             control.should_training_stop = True
         control.should_save = not is_last and bool(
             self.stopped_by or state.global_step % self.save_steps == 0
@@ -197,13 +207,14 @@ class Checkpoints(TrainerCallback):
             yield
 
     def _stop(self, number: int, frame: Any) -> None:
-        if self.stopped_by:
+        name = signal.Signals(number).name
+        if self._signal:
             if number == signal.SIGINT:
-                raise KeyboardInterrupt(self.stopped_by)
+                raise KeyboardInterrupt(name)
             return  # launchers and process groups send SIGTERM again
-        self.stopped_by = signal.Signals(number).name
+        self._signal = number
         print(
-            f"\n{self.stopped_by}: saving a checkpoint after this step; Ctrl-C once more stops at once.",
+            f"\n{name}: saving a checkpoint after this step; Ctrl-C once more stops at once.",
             flush=True,
         )
 
@@ -254,6 +265,7 @@ class ResumableTrainer(Trainer):
         if checkpoint:
             values = read_values(Path(checkpoint))
             set_random_states(values["random"])
+            spread_random_state(self.state.global_step)
             loss, self._total_loss_scalar, self._globalstep_last_logged = values["loss"]
             self._tr_loss.copy_(loss)
 

@@ -77,7 +77,9 @@ class Gradients:
 
     def _record(self, held: Pack, held_scale: torch.Tensor) -> Callable[[Pack, torch.Tensor], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream):
+        # Not "global": with several processes a thread of NCCL asks about events meanwhile.
+        mode = {"capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self.pool.id, stream=self.stream, **mode):
             loss = self._compute(held, held_scale)
 
         def replay(pack: Pack, scale: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -86,11 +87,11 @@ class Plan:
         return Plan(min(self.tokens, largest) // 2, self.recompute, self.dequantize, self.reason)
 
 
-def free_bytes(device: str) -> int:
-    """Memory that this process may still take; on CUDA under the cap of
+def free_bytes(device: str, *, processes: int = 1) -> int:
+    """Memory that this process, one of so many on this machine, may still take; on CUDA under the cap of
     `torch.cuda.set_per_process_memory_fraction`."""
     if device == "cpu":
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available // processes
     free, total = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()
     cap = int(total * torch.cuda.get_per_process_memory_fraction())
@@ -102,7 +103,7 @@ def four_bit_parameters(model: PreTrainedModel) -> int:
     return sum(
         module.in_features * module.out_features
         for module in model.modules()
-        if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8
+        if isinstance(module, nn.Linear) and isinstance(module.weight, Params4bit)
     )
 
 
@@ -117,6 +118,7 @@ def make(
     step_tokens: int,
     gradient_checkpointing: str,
     micro_batch_tokens: str | int = "auto",
+    sharded: bool = False,
 ) -> Plan:
     """The fastest way to train that fits.
 
@@ -128,9 +130,10 @@ def make(
         trainable: parameters of the adapter.
         four_bit: parameters that are held in 4 bits.
         longest: tokens of the longest row, which is never cut.
-        step_tokens: tokens of a usual optimizer step.
+        step_tokens: tokens of a usual optimizer step in one process.
         gradient_checkpointing: auto, yes or no.
         micro_batch_tokens: auto, or how many tokens to take at once if they fit.
+        sharded: the weights are divided among processes; dequantized they would take what that saves.
 
     Raises:
         UserError: the longest row does not fit in any way.
@@ -145,7 +148,8 @@ def make(
         room = budget - (unpacked if dequantize else shape.hidden * shape.intermediate * shape.item)
         tokens = room // shape.token_bytes(recompute=recompute) // filled_up_to * filled_up_to
         is_choice = gradient_checkpointing == "auto" and not recompute
-        if tokens >= (wanted if is_choice else longest) and (four_bit or not dequantize):
+        is_open = not dequantize or (four_bit and not sharded)
+        if is_open and tokens >= (wanted if is_choice else longest):
             most = MOST_TOKENS if micro_batch_tokens == "auto" else int(micro_batch_tokens)
             return Plan(max(longest, min(tokens, most)), recompute, dequantize, _reason(free, recompute))
     raise UserError(

@@ -23,6 +23,28 @@ STOPPED_SECONDS = 10.0
 POINTS_A_REQUEST = 100
 
 
+class NoOutputs:
+    """What `Outputs` is to all but the first of several processes: nothing is kept."""
+
+    def __init__(self, model: PeftModel, recipe: dict[str, str]) -> None:
+        self.model, self.recipe = model, recipe
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Log nothing."""
+
+    def save_checkpoint(self, step: int, write_state: Callable[[Path], None]) -> None:
+        """Save nothing."""
+
+    def keep_adapter(self, step: int) -> None:
+        """Keep nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for nothing."""
+
+
 class Outputs:
     """Adapter, checkpoints and curves of one run.
 

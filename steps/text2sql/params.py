@@ -4,17 +4,19 @@
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import psutil
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from steps.text2sql import processes, prompt_template
+from steps.text2sql import launch_config, processes, prompt_template
 from steps.text2sql.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -141,6 +143,36 @@ def _model_uri(value: str) -> str:
     return value
 
 
+def _launch(value: str) -> str:
+    if value == "single":
+        return value
+    if value not in launch_config.OWN:
+        if not _looks_like_path(value):
+            words = "'single', 'ddp', 'fsdp' or the absolute path of an accelerate configuration"
+            raise ValueError(f"must be {words}")
+        value = _absolute(value)
+    launch_config.read(value)
+    return value
+
+
+def _project_backend(value: str) -> str:
+    if value == "kubernetes":
+        raise ValueError("needs a project with docker_env, and this one has python_env")
+    installed = {"local", "databricks", *entry_points(group="mlflow.project_backend").names}
+    if value not in installed:
+        raise ValueError(f"is not installed; there are: {', '.join(sorted(installed))}")
+    return value
+
+
+def _backend_config(value: str) -> str:
+    if value.startswith("{"):
+        json.loads(value)  # its error is a ValueError
+        return value
+    if value and not (Path(_absolute(value)).is_file() and value.endswith(".json")):
+        raise ValueError("must be JSON text, {…}, or the absolute path of a file that ends in .json")
+    return _absolute(value) if value else value
+
+
 def _steps(value: int) -> int:
     if value != -1 and value < 1:
         raise ValueError("must be at least 1, or -1 to train for num_train_epochs")
@@ -229,7 +261,14 @@ class TrainParams:
         str, Field(pattern=r"^[\w.-]+(,[\w.-]+)*$", description="all-linear, or a comma list of module names")
     ]
     quantization: Annotated[Literal["nf4", "none"], Field(description="of the frozen base")]
-    launch: Annotated[Literal["single"], Field(description="single: train in one process")]
+    launch: Annotated[
+        str,
+        AfterValidator(_launch),
+        Field(
+            description="single: one process; ddp, fsdp: all visible GPUs, with fsdp the base is divided "
+            "among them; or the absolute path of an accelerate configuration"
+        ),
+    ]
     seed: Seed
     num_train_epochs: Annotated[
         Positive, Field(description="passes over the rows; counts where max_steps is -1")
@@ -262,6 +301,16 @@ class TrainParams:
     keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep")]
     resume_from: Annotated[
         str, Field(pattern=r"^[0-9a-f]*$", description="train run to go on with from its newest checkpoint")
+    ]
+    project_backend: Annotated[
+        str,
+        AfterValidator(_project_backend),
+        Field(description="MLflow project backend that main sends train to; local: this machine"),
+    ]
+    backend_config: Annotated[
+        str,
+        AfterValidator(_backend_config),
+        Field(description="of that backend: JSON text or the absolute path of a .json file; empty: none"),
     ]
 
 

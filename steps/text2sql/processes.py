@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from steps.text2sql import ranks
+
 # A stopped run is over within 30 seconds; the rest is for its statuses.
 GRACE_SECONDS = 25.0
 POLL_SECONDS = 0.2
@@ -38,7 +40,8 @@ def launchers() -> list[psutil.Process]:
 @functools.cache  # once a process
 def stop_with_launchers() -> None:
     """Send this process SIGTERM when one of its launchers ends first: a killed one passes nothing on."""
-    threading.Thread(target=_watch, args=(launchers(),), daemon=True).start()
+    above = launchers() or ([psutil.Process(os.getppid())] if ranks.is_launched() else [])
+    threading.Thread(target=_watch, args=(above,), daemon=True).start()
 
 
 def _watch(above: list[psutil.Process]) -> None:
@@ -65,13 +68,32 @@ def on_signals(handler: Any) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+@contextmanager
+def held_signals() -> Iterator[list[str]]:
+    """Keep the first SIGINT or SIGTERM back inside the block; its name is found in what comes back."""
+    held: list[str] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if held and number == signal.SIGINT:
+            raise KeyboardInterrupt(held[0])
+        held.append(signal.Signals(number).name)
+
+    with on_signals(hold):
+        yield held
+
+
 def raise_interrupt(number: int, _: Any) -> None:
     """Signal handler: KeyboardInterrupt with the signal's name. From then on SIGTERM is not heard.
 
     Launchers and process groups send SIGTERM again; only a second Ctrl-C is a second wish.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_terminations()
     raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def ignore_terminations() -> None:
+    """Hear no further SIGTERM, with what a stopped process still has to do."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Stopper:
@@ -81,8 +103,8 @@ class Stopper:
     itself another parent, as daemons do, is not reached if it did so before the signal.
     """
 
-    def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
-        self.grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float = GRACE_SECONDS, *, announce: bool = True) -> None:
+        self.grace_seconds, self.announce = grace_seconds, announce
         self.stopped_by = ""
         self._known: set[psutil.Process] = set()
         self._kill, self._over = threading.Event(), threading.Event()
@@ -107,9 +129,11 @@ class Stopper:
         self.stopped_by = signal.Signals(number).name
         self._thread = threading.Thread(target=self._end_all)
         self._thread.start()
-        print(
-            f"\n{self.stopped_by}: stopping the running step; Ctrl-C once more ends it at once.", flush=True
-        )
+        if self.announce:
+            print(
+                f"\n{self.stopped_by}: stopping the running step; Ctrl-C once more ends it at once.",
+                flush=True,
+            )
 
     def _end_all(self) -> None:
         end = time.monotonic() + self.grace_seconds

@@ -11,6 +11,26 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in, step_of
 
 RECIPE = "recipe.json"
+# Where a training comes from, how often it reports, in how many processes and where: that does not change
+# what it learns.
+NO_RECIPE = frozenset(
+    {
+        "dataset_uri",
+        "resume_from",
+        "keep_checkpoints",
+        "save_steps",
+        "logging_steps",
+        "launch",
+        "project_backend",
+        "backend_config",
+    }
+)
+
+
+def recipe_of(*values: Mapping[str, object]) -> dict[str, str]:
+    """All that decides what a training learns, later values in place of earlier; it goes on with the same."""
+    found = {name: value for one in values for name, value in one.items()}
+    return {name: str(value) for name, value in found.items() if name not in NO_RECIPE}
 
 
 @contextmanager

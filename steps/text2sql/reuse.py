@@ -17,10 +17,10 @@ from steps.text2sql.params import CHAIN, SET_BY_MAIN, parse
 
 PROJECT = Path(__file__).parents[2]
 ALWAYS_RUN = {"promote"}
-# Where a training goes on, and how many checkpoints it leaves, does not change its result.
-WITHOUT_EFFECT = {"resume_from", "keep_checkpoints"}
+# Where a training goes on, how many checkpoints it leaves, in how many processes: no other result.
+WITHOUT_EFFECT = {"resume_from", "keep_checkpoints", "launch"}
 # In a process of its own: main does not load torch.
-ASK_DEVICE = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'cpu')"
+ASK_DEVICES = "import torch; [print(torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]"
 
 
 def fingerprint(
@@ -64,13 +64,18 @@ def may_have_moved(step: str, values: Mapping[str, str], *, device: str) -> bool
     return bool(unpinned) or (values["base_model"] == "auto" and device != "cpu")
 
 
-@functools.cache
 def device_kind() -> str:
-    """`cpu` or the name of the GPU, asked in a process of its own."""
+    """`cpu` or the name of the GPU."""
+    return next(iter(gpus()), "cpu")
+
+
+@functools.cache
+def gpus() -> list[str]:
+    """Names of the visible GPUs, asked in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", ASK_DEVICE], cwd=PROJECT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ASK_DEVICES], cwd=PROJECT, capture_output=True, text=True, check=True
     )
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
 def _content(value: Any) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import mlflow
-from mlflow.entities import Metric, Run
+from mlflow.entities import Metric, Run, RunStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.exceptions import ExecutionException, MlflowException
@@ -26,12 +26,13 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
     MLFLOW_GIT_REPO_URL,
     MLFLOW_PARENT_RUN_ID,
+    MLFLOW_PROJECT_BACKEND,
     MLFLOW_PROJECT_ENTRY_POINT,
     MLFLOW_PROJECT_ENV,
     MLFLOW_SOURCE_NAME,
 )
 
-from steps.text2sql import liveness, manifest, processes
+from steps.text2sql import liveness, manifest, processes, ranks
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import parse, users_folder
 
@@ -120,9 +121,12 @@ def run_step(
 
 def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], ...] = ()) -> None:
     """See `run_step`; for a body that reads its parameters itself."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if ranks.is_first() else logging.ERROR, format="%(message)s")
     _quiet()
     processes.stop_with_launchers()
+    if ranks.has_launcher() or not ranks.is_first():
+        _run_as_one_of_several(body, user_errors)
+        return
     with processes.on_signals(processes.raise_interrupt):
         check_store()
         with liveness.announced(mlflow.start_run().info.run_id):
@@ -161,6 +165,43 @@ def begin() -> None:
         raise Interrupted("the end of main")
     else:
         take_source_of(parent)
+
+
+def _run_as_one_of_several(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+    """Call a body in a process whose launcher owns the run, ends it, and says why."""
+    with processes.on_signals(processes.raise_interrupt):
+        try:
+            if ranks.is_first():
+                mlflow.start_run()
+            else:
+                ranks.be_silent()
+            body()
+        except Interrupted as error:  # all of them stopped together, which is no failure of this one
+            ranks.tell_ending("stopped", str(error), error.go_on)
+        except KeyboardInterrupt as error:
+            ranks.tell_ending("stopped", str(error) or "SIGINT")
+            raise SystemExit(1) from error
+        except (UserError, *user_errors) as error:
+            ranks.tell_ending("failed", str(error))
+            raise SystemExit(1) from error
+        except ranks.LeftAlone as error:
+            ranks.tell_ending("left", str(error))
+            raise SystemExit(1) from error
+        except BaseException as error:
+            if ranks.tell_ending("failed", f"process {ranks.index()}: {type(error).__name__}: {error}"):
+                raise
+            raise SystemExit(1) from error
+
+
+def of_first_process(log: Callable[..., None]) -> Callable[..., None]:
+    """Do nothing in all but the first of several processes: it alone talks to MLflow and to the user."""
+
+    @functools.wraps(log)
+    def logged(*given: Any, **named: Any) -> None:
+        if ranks.is_first():
+            log(*given, **named)
+
+    return logged
 
 
 def _way_on(error: BaseException) -> str:
@@ -209,9 +250,13 @@ def end_lost_runs() -> None:
 
 
 def _is_lost(run: Run) -> bool:
+    """Whether nobody is left to end a run: neither its own process nor, if main started it, main's."""
     own = liveness.state(run.info.run_id)
     main = liveness.state(run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""))
-    return main == "gone" and own != "alive" or main == "unknown" and own == "gone"
+    if own == "gone":
+        return main != "alive"
+    is_here = run.data.tags.get(MLFLOW_PROJECT_BACKEND) == "local"  # else main may have sent it elsewhere
+    return own == "unknown" and main == "gone" and is_here
 
 
 def _end(status: str, tag: str, reason: str) -> None:
@@ -248,6 +293,17 @@ def end_child(step: str, *, stopped_by: str = "") -> str:
     return reason
 
 
+def end_other(run: str, status: str, tags: Mapping[str, str]) -> None:
+    """Set the end of a run whose process is elsewhere, unless it has set one itself and well."""
+    client = mlflow.MlflowClient()
+    for name, value in tags.items():
+        client.set_tag(run, name, value)
+    if status == "KILLED" or not RunStatus.is_terminated(
+        RunStatus.from_string(client.get_run(run).info.status)
+    ):
+        client.set_terminated(run, status)
+
+
 def _quiet() -> None:
     # Each of these says at INFO or WARNING what a user can neither use nor change.
     for name in (
@@ -264,6 +320,11 @@ def _quiet() -> None:
 def run_id() -> str:
     """Id of this step's run."""
     return mlflow.active_run().info.run_id
+
+
+def store_uri() -> str:
+    """Where runs go."""
+    return mlflow.get_tracking_uri()
 
 
 def run_child(step: str, values: Mapping[str, str]) -> Run:
@@ -457,12 +518,14 @@ def _say_once(text: str) -> None:
     print(text, flush=True)
 
 
+@of_first_process
 def note_resumed(run: str, step: int) -> None:
     """Say and keep which run's training this run goes on with, and after how many steps."""
     print(f"\nGoes on after step {step} of run {run}.", flush=True)
     mlflow.set_tags({TAG_RESUMED_FROM: run, TAG_RESUMED_STEP: step})
 
 
+@of_first_process
 def log_choices(**choices: str) -> None:
     """Print what a step chose and why, and keep it as parameters `chosen/…`."""
     width = max(map(len, choices))
@@ -470,6 +533,19 @@ def log_choices(**choices: str) -> None:
     mlflow.log_params({f"{CHOSEN}/{name}": text for name, text in choices.items()})
 
 
+@of_first_process
+def log_metrics(**metrics: float) -> None:
+    """Log single numbers."""
+    mlflow.log_metrics(metrics)
+
+
+@of_first_process
+def log_figure(figure: Any, file: str) -> None:
+    """Log a picture."""
+    mlflow.log_figure(figure, file)
+
+
+@of_first_process
 def log_settings(prefix: str, settings: Mapping[str, Any]) -> None:
     """Log every setting as `prefix/name` and read them back, since MLflow can drop parameters silently.
 

@@ -1,16 +1,17 @@
 """transformers' Trainer with packs: one item of its data loader is an optimizer step's rows."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import patch_environment
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainingArguments
 
-from steps.text2sql import packing
+from steps.text2sql import collectives, packing, ranks
 from steps.text2sql.checkpoints import ResumableTrainer
 from steps.text2sql.errors import UserError
 from steps.text2sql.gradients import Gradients
@@ -19,6 +20,10 @@ from steps.text2sql.packed_attention import summed_loss
 from steps.text2sql.packing import SHAPE_TOKENS, Pack, Row
 
 logger = logging.getLogger(__name__)
+OUT_OF_MEMORY = (
+    "the GPU is out of memory with {tokens} tokens at once; give gradient_checkpointing=yes, a smaller "
+    "micro_batch_tokens, or prepare the data with a smaller max_length."
+)
 
 
 class Shuffled(SeedableRandomSampler):
@@ -36,11 +41,16 @@ class PackedTrainer(ResumableTrainer):
     """Trains on rows with `input_ids` and `labels`; the loss is the mean over all answer tokens of a step.
 
     Every process sees the rows of the whole step in the same order and computes its share of the packs. That
-    order is a function of seed and epoch alone.
+    order is a function of seed and epoch alone. Gradients are added up once a step; accelerate's wrappers,
+    which would do so in each backward pass, are left out. A divided base is divided before: `sharding.shard`.
     """
 
     def __init__(self, *args: Any, plan: Plan, longest: int, replay: bool, **named: Any) -> None:
-        super().__init__(*args, **named)
+        with patch_environment(accelerate_use_fsdp="false"):
+            super().__init__(*args, **named)
+        self.accelerator.prepare_model = functools.partial(
+            self.accelerator.prepare_model, evaluation_mode=True
+        )
         self.plan = plan
         self.multiple = SHAPE_TOKENS if replay else 1
         self.longest = -(-longest // SHAPE_TOKENS) * SHAPE_TOKENS
@@ -71,52 +81,48 @@ class PackedTrainer(ResumableTrainer):
             UserError: memory ran out twice.
         """
         model.train()
-        try:
-            return self._step(model, rows)
-        except torch.cuda.OutOfMemoryError as error:
-            if self.has_halved:
-                raise UserError(
-                    f"the GPU is out of memory with {self.plan.tokens} tokens at once too; "
-                    "give gradient_checkpointing=yes, or prepare the data with a smaller max_length."
-                ) from error
-        self._halve(largest=max(one.input_ids.shape[1] for one in self._packs(rows)))
-        return self._step(model, rows)
+        self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
+        loss = self._step(rows)
+        while loss is None:
+            self._halve(rows)
+            loss = self._step(rows)
+        collectives.add_up(self.gradients.flat)
+        return collectives.add_up(loss)
 
-    def _halve(self, *, largest: int) -> None:
-        self.has_halved, self.plan = True, self.plan.halved(largest=largest)
+    def _step(self, rows: list[Row]) -> torch.Tensor | None:
+        """Share of this process in the loss, with its gradients; None when memory ran out in any process."""
+        share = torch.tensor(1 / packing.answer_tokens(rows), device=self.args.device)
+        scaler = self.accelerator.scaler  # of fp16, whose small gradients would vanish
+        scale = scaler.scale(share) if scaler else share
+        self.gradients.clear()
+        try:
+            loss = torch.zeros_like(share)
+            for one in self._packs(rows):
+                loss += self.gradients.add(one, scale)
+        except torch.cuda.OutOfMemoryError as error:
+            if ranks.is_sharded():  # the others wait for this one's part of a layer, and cannot be told
+                raise UserError(OUT_OF_MEMORY.format(tokens=self.plan.tokens)) from error
+            loss = None
+        if collectives.largest(loss is None):
+            return None
+        return loss * share / scale
+
+    def _halve(self, rows: list[Row]) -> None:
+        if self.has_halved:
+            raise UserError(OUT_OF_MEMORY.format(tokens=self.plan.tokens))
+        largest = collectives.largest(max(one.input_ids.shape[1] for one in self._packs(rows)))
+        self.has_halved, self.plan = True, self.plan.halved(largest=int(largest))
         logger.warning("\nOut of memory: going on with %d tokens at once", self.plan.tokens)
         self.gradients.forget_graphs()
         torch.cuda.empty_cache()
 
-    def _step(self, model: Any, rows: list[Row]) -> torch.Tensor:
-        self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
-        share = torch.tensor(1 / packing.answer_tokens(rows), device=self.args.device)
-        loss = self._sharded(model, rows, share) if self.is_fsdp_enabled else self._whole(rows, share)
-        if self.args.world_size > 1:
-            dist.all_reduce(loss)
-        return loss
-
-    def _whole(self, rows: list[Row], share: torch.Tensor) -> torch.Tensor:
-        scaler = self.accelerator.scaler  # of fp16, whose small gradients would vanish
-        scale = scaler.scale(share) if scaler else share
-        self.gradients.clear()
-        loss = sum(self.gradients.add(one, scale) for one in self._packs(rows))
-        if self.args.world_size > 1:
-            dist.all_reduce(self.gradients.flat)
-        return loss * share / scale
-
-    def _sharded(self, model: Any, rows: list[Row], share: torch.Tensor) -> torch.Tensor:
-        losses = []
-        for one in self._packs(rows):
-            with self.compute_loss_context_manager():
-                loss = summed_loss(model, one.to(self.args.device), longest=self.longest) * share
-            self.accelerator.backward(loss * self.args.world_size)  # FSDP takes the mean over processes
-            losses.append(loss.detach())
-        return sum(losses)
-
-    def _packs(self, rows: list[Row]) -> list[Pack]:
+    def _packs(self, rows: list[Row], *, multiple: int | None = None) -> list[Pack]:
+        """Packs of this process; each process has as many."""
         packs = packing.pack_evenly(
-            rows, capacity=self.plan.tokens, multiple=self.multiple, processes=self.args.world_size
+            rows,
+            capacity=self.plan.tokens,
+            multiple=multiple or self.multiple,
+            processes=self.args.world_size,
         )
         return packs[self.args.process_index :: self.args.world_size]
 
@@ -125,10 +131,10 @@ class PackedTrainer(ResumableTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Mean loss of the rows' answer tokens. Layers run as they are: compiling them once more for a
         pass without gradients takes longer."""
-        packs = packing.pack(inputs, capacity=self.plan.tokens)
+        packs = self._packs(inputs, multiple=1)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.compute_loss_context_manager():
             loss = sum(summed_loss(model, one.to(self.args.device), longest=self.longest) for one in packs)
-        return loss / packing.answer_tokens(inputs), None, None
+        return collectives.add_up(loss) / packing.answer_tokens(inputs), None, None
 
 
 def compute_dtype(settings: TrainingArguments) -> torch.dtype:

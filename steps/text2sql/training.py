@@ -11,8 +11,8 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainingArguments
 
-from steps.text2sql import packed_attention
-from steps.text2sql.checkpoints import Checkpoints
+from steps.text2sql import collectives, packed_attention
+from steps.text2sql.checkpoints import Checkpoints, spread_random_state
 from steps.text2sql.device import peak_memory_gib
 from steps.text2sql.memory_plan import Plan
 from steps.text2sql.sql_model import pick_device
@@ -22,7 +22,7 @@ from steps.text2sql.trainer import PackedTrainer
 EVALUATIONS = 3
 EVALUATION_ROWS = 64
 # Compiling takes this long (32 layers of Mistral-7B on an H100, cold) and then saves a third of the time.
-COMPILE_SECONDS = 25
+COMPILE_SECONDS = 65
 COMPILE_SAVES = 1 / 3
 # Share of the device's product rate that a training reaches without being compiled.
 USUAL_SHARE_OF_PEAK = 0.35
@@ -43,6 +43,18 @@ def optimizer(device: str) -> str:
     """`auto`: AdamW in fp32, fused into few launches on CUDA. Its states are small with LoRA: 8 bytes a
     trainable parameter."""
     return "adamw_torch_fused" if device == "cuda" else "adamw_torch"
+
+
+def resolve_auto(
+    given: Mapping[str, Any], *, frozen_parameters: int, steps: int, device: str
+) -> dict[str, Any]:
+    """Learning rate, warm-up and optimizer; where `auto` is given, by size of the base, steps and device."""
+    auto = {
+        "learning_rate": learning_rate(frozen_parameters),
+        "warmup_steps": steps // 20,
+        "optim": optimizer(device),
+    }
+    return {name: found if given[name] == "auto" else given[name] for name, found in auto.items()}
 
 
 def compiling_pays(*, tokens: float, frozen_parameters: int, operations_per_second: float) -> bool:
@@ -208,6 +220,8 @@ def train(
         longest=longest_row(data),
         replay=replay,
     )
+    collectives.copy_from_first(one.data for one in model.parameters() if one.requires_grad)
+    spread_random_state(0)
     # Under autocast peft would cast every input to fp32, and autocast back.
     with disable_input_dtype_casting(model, active=settings.bf16 or settings.fp16):
         return trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss

@@ -1,0 +1,96 @@
+"""Training in several processes: this one starts them with accelerate, passes signals on, and says the end.
+
+It calls what `accelerate launch` calls and stays, rather than becoming that command: accelerate's own process
+answers a failure or a signal with tracebacks, and a second signal leaves its children behind.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import patch_environment
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from steps.text2sql import launch_config, processes, ranks, tracking
+from steps.text2sql.errors import UserError
+from steps.text2sql.launch_config import LaunchConfig
+
+
+def is_due(launch: str) -> bool:
+    """Whether the step has to start its processes; they themselves need not."""
+    return launch != "single" and not ranks.is_launched()
+
+
+def run(module: str, values: Mapping[str, object], *, launch: str) -> None:
+    """Run a step's module in several processes, to the end of all.
+
+    Raises:
+        UserError: one failed, and none is left; with its reason.
+        tracking.Interrupted: a signal came, here or to one of them, and none is left.
+    """
+    launch_config.check_gpus(launch, torch.cuda.device_count())
+    config = launch_config.read(launch)
+    if config.machine:
+        tracking.log_choices(
+            machine=f"{config.machine} of {config.machines}; adapter and curves are in the run of machine 0"
+        )
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # says what is said below
+    words = [*accelerate_words(config, gpus=torch.cuda.device_count()), "--module", module]
+    words += [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    stopper = processes.Stopper(announce=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        with patch_environment(**environment(config, Path(scratch))), stopper.listening():
+            problem = _launch(words)
+        endings = ranks.endings(Path(scratch))
+    failed, stopped = ([one for one in endings if one.kind == kind] for kind in ("failed", "stopped"))
+    if stopper.stopped_by or (stopped and not failed):
+        go_on = next((one.go_on for one in stopped if one.go_on), "")
+        raise tracking.Interrupted(stopper.stopped_by or stopped[0].text, go_on)
+    if failed or problem:
+        raise UserError(failed[0].text if failed else f"launch={launch}: {problem}")
+
+
+def accelerate_words(config: LaunchConfig, *, gpus: int) -> list[str]:
+    """Words of `accelerate launch` before the step's own."""
+    words = ["--quiet", "--config_file", str(config.file), "--mixed_precision", "no"]
+    if config.processes is None:
+        words += ["--num_processes", str(gpus)]
+    if config.machines == 1:
+        words += ["--main_process_port", "0"]  # any that is free
+    if config.distributed_type == "MULTI_CPU":
+        words += ["--multi_gpu"]  # accelerate would start one process, or need MPI
+    return words
+
+
+def environment(config: LaunchConfig, endings: Path) -> dict[str, str]:
+    """What the processes find beside accelerate's own variables."""
+    found = {
+        ranks.ENDINGS_VARIABLE: str(endings),
+        "MLFLOW_RUN_ID": tracking.run_id(),
+        "MLFLOW_TRACKING_URI": tracking.store_uri(),
+        # SIGINT and SIGTERM are this process's: torch would answer with an exception.
+        "PET_SIGNALS_TO_HANDLE": "SIGHUP",
+        # After one failed the others are asked to end, and killed after so many seconds.
+        "PET_SHUTDOWN_TIMEOUT": "20",
+        "PYTHONPATH": os.pathsep.join([str(tracking.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    return found | ({"CUDA_VISIBLE_DEVICES": ""} if config.use_cpu else {})
+
+
+def _launch(words: Sequence[str]) -> str:
+    """Run `accelerate launch`; what went wrong comes back, in words."""
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = failure.signal_name()
+            return f"process {rank} was killed by {name}; the system kills one when memory runs out"
+        return f"process {rank} ended with exit status {failure.exitcode} without saying why"
+    except Exception as error:  # whatever accelerate and the rendezvous of the machines raise
+        return f"{type(error).__name__}: {error}"
+    return ""

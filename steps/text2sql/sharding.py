@@ -1,0 +1,26 @@
+"""A frozen base divided among processes, each holding a part of every layer: FSDP version 2."""
+
+import os
+
+import torch.distributed as dist
+from peft import PeftModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def shard(model: PeftModel) -> None:
+    """Divide the base, in place; a layer's weights are put together while the layer is computed.
+
+    The adapter is not divided: it is small, is trained in fp32, and its gradients, optimizer and files are
+    those of a training in one process. While loading, each GPU holds the whole (4-bit) base.
+    """
+    own = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    device = next(iter(own)).device.type
+    settings = {
+        "mesh": init_device_mesh(device, (dist.get_world_size(),)),
+        "ignored_params": own,
+        "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true",
+    }
+    for layer in model.get_base_model().get_decoder().layers:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)

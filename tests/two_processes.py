@@ -1,0 +1,204 @@
+"""Trainings of the tiny base, alone or as one of two processes that the tests start with this module.
+
+`python -m tests.two_processes <folder of the base> <scratch folder>` runs `SCENARIOS` one after the other.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from steps.text2sql import (
+    adapter,
+    collectives,
+    gradients,
+    memory_plan,
+    ranks,
+    run_folder,
+    sharding,
+    sql_model,
+)
+from steps.text2sql import training as library
+from steps.text2sql.checkpoints import Checkpoints
+from steps.text2sql.manifest import AdapterManifest, DatasetManifest
+
+PROJECT = Path(__file__).parents[1]
+STEPS, ROWS = 6, 14
+ADD = gradients.Gradients.add
+# Name of a training: what differs from the others. All by two processes; `go_on` is one by one process.
+SCENARIOS = {
+    "ddp": {},
+    "one_row": {"batch_size": 1},
+    "resumed": {"go_on": "single/checkpoint-3"},
+    "stopped": {"stop_at": 2},
+    "dropout": {"dropout": 0.5, "steps": 1},
+    "short_of_memory": {"room": 36},
+    "fsdp": {"sharded": True},
+    "fsdp_resumed": {"sharded": True, "go_on": "single/checkpoint-3"},
+    "fsdp_nf4": {"sharded": True, "quantization": "nf4"},
+    "fsdp_recompute": {"sharded": True, "recompute": True},
+}
+
+
+class Probe(TrainerCallback):
+    """Notes losses and evaluations; may stop this process at a step."""
+
+    def __init__(self, stop_at: int) -> None:
+        self.stop_at, self.losses, self.evaluations, self.drawn = stop_at, [], [], 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Draw a number as dropout would."""
+        self.drawn = torch.rand(1).item()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Send SIGTERM to the second process alone."""
+        if state.global_step == self.stop_at and ranks.index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_log(self, args, state, control, *, logs, **kwargs):
+        """Keep the numbers."""
+        self.losses += [logs["loss"]] if "loss" in logs else []
+        self.evaluations += [logs["eval_loss"]] if "eval_loss" in logs else []
+
+
+def rows(count: int) -> datasets.Dataset:
+    """Tokenized rows of many lengths."""
+    found = []
+    for i in range(count):
+        prompt, answer = [5 + i, *range(20, 24 + i % 5)], [100 + i, *range(200, 200 + i * 5 % 24), 2]
+        found.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    return datasets.Dataset.from_list(found)
+
+
+def train(
+    base: Path,
+    folder: Path,
+    *,
+    sharded=False,
+    quantization="none",
+    go_on="",
+    stop_at=0,
+    recompute=False,
+    dropout=0.0,
+    room=0,
+    batch_size=4,
+    steps=STEPS,
+) -> dict[str, object]:
+    """Train the tiny base, with checkpoints in a folder; what can be compared comes back."""
+    torch.manual_seed(0)
+    storage = torch.float32 if sharded else torch.uint8
+    lora = adapter.lora_config(r=4, alpha=8, dropout=dropout, target_modules="all-linear")
+    model = adapter.attach(sql_model.load_base(str(base), quantization, storage=storage), lora)
+    tokenizer = sql_model.load_base_tokenizer(str(base))
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded)  # as accelerate says it
+    gradients.Gradients.add = with_room(room)
+    if sharded:
+        sharding.shard(model)
+    settings = library.arguments(
+        folder,
+        steps=steps,
+        batch_size=batch_size,
+        recompute=recompute,
+        learning_rate=1e-2,
+        lr_scheduler_type="cosine",
+        optim="adamw_torch",
+        logging_steps=1,
+        seed=7,
+        disable_tqdm=True,
+    )
+    described = DatasetManifest(*[""] * len(DatasetManifest.__dataclass_fields__))
+
+    def save(step, write_state):
+        def fill(work):
+            write_state(work)
+            adapter.save(model, tokenizer, AdapterManifest("none", step, steps, vars(described)), work)
+
+        if ranks.is_first():
+            run_folder.write_folder(folder / f"checkpoint-{step}", fill)
+
+    resume_from = folder.parent / go_on if go_on else None
+    probe, checkpoints = Probe(stop_at), Checkpoints(save, save_steps=1, resume_from=resume_from)
+    with checkpoints.listening():
+        mean = library.train(
+            model,
+            datasets.DatasetDict({"train": rows(ROWS), "validation": rows(5)}),
+            settings=settings,
+            plan=memory_plan.Plan(tokens=48, recompute=recompute, dequantize=False, reason=""),
+            replay=False,
+            callbacks=[probe],
+            checkpoints=checkpoints,
+        )
+    save_file(
+        {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
+        folder / f"adapter-{ranks.index()}.safetensors",
+    )
+    return {
+        "losses": probe.losses,
+        "evaluations": probe.evaluations,
+        "mean": mean,
+        "stopped_by": checkpoints.stopped_by,
+        "divided": share_divided(model),
+        "drawn": probe.drawn,
+    }
+
+
+def with_room(tokens: int) -> Callable[..., torch.Tensor]:
+    """`Gradients.add`; in the second process memory runs out with more tokens than these."""
+
+    def add(self, pack, scale):
+        if tokens and ranks.index() == 1 and pack.input_ids.shape[1] > tokens:
+            raise torch.cuda.OutOfMemoryError
+        return ADD(self, pack, scale)
+
+    return add
+
+
+def share_divided(model: torch.nn.Module) -> float:
+    """Share of the base's numbers that this process holds."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+    return held / sum(p.numel() for p in frozen)
+
+
+def start(module: str, *words: str) -> list[subprocess.Popen]:
+    """Two processes of a module, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            cwd=PROJECT,
+            env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def main(base: Path, scratch: Path) -> None:
+    """Run every scenario and write what came of it."""
+    torch.set_num_threads(1)
+    with collectives.joined():
+        for name, changed in SCENARIOS.items():
+            folder = scratch / name
+            folder.mkdir(exist_ok=True)
+            found = train(base, folder, **changed)
+            (folder / f"{ranks.index()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
