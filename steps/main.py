@@ -24,6 +24,8 @@ def main(params: MainParams) -> None:
         chain(params)
     except (KeyboardInterrupt, tracking.Interrupted) as error:
         raise tracking.Interrupted(str(error), screen.to_go_on("main", params.given)) from error
+    except UserError as error:
+        raise UserError(str(error), screen.to_go_on("main", params.given)) from error
 
 
 def chain(params: MainParams) -> None:

@@ -1,8 +1,11 @@
 """A tiny random base model, a store of its own for each test, and one chain of steps that many tests read."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import sys
 import time
 import urllib.error
@@ -11,17 +14,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Self
 
 import mlflow
+import mlflow.cli
+import mlflow.server
 import pytest
 import torch
+import uvicorn
 import yaml
 from mlflow.entities import Run
+from mlflow.exceptions import ExecutionException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from steps import evaluate, export, prepare_data, promote, register, train
-from steps.text2sql import params, sample_data, tracking
+from steps import evaluate, export, main, prepare_data, promote, register, train
+from steps.text2sql import packaging, params, reuse, sample_data, tracking
 from steps.text2sql.sql_model import BaseModelError
 
 PROJECT = Path(__file__).parents[1]
@@ -36,6 +45,8 @@ STEPS = {
 # The tiny base's matrices are so small that a second thread only waits: 50 times slower on shared cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start
+# A connection that waits in a pool would be shared by the processes that tests fork.
+os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"
 # Turns as ChatML writes them, with a system turn of its own, as several instruct models have.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
@@ -79,6 +90,132 @@ def failure(step: str, **values: object) -> tuple[str, Run]:
     # Python prints a SystemExit's text and exits with status 1.
     assert isinstance(caught.value.code, str)
     return caught.value.code, mlflow.get_run(mlflow.last_active_run().info.run_id)
+
+
+class Forked:
+    """A process that calls a function, with all that this one has loaded: that takes 14 seconds otherwise.
+
+    It has signal handlers as a new process has. What it prints can be read from `stdout`, line by line.
+    """
+
+    def __init__(self, body: Callable[[], object]) -> None:
+        reading, writing = os.pipe()
+        self.stdout = os.fdopen(reading)
+        self._process = multiprocessing.get_context("fork").Process(target=self._call, args=(body, writing))
+        self._process.start()
+        os.close(writing)
+        self.pid = self._process.pid
+
+    def _call(self, body: Callable[[], object], writing: int) -> None:
+        for number in (1, 2):
+            os.dup2(writing, number)
+        os.close(writing)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        body()
+
+    def poll(self) -> int | None:
+        """Exit status, negative for a signal; None as long as it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Exit status, as soon as there is one."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"not ended after {timeout} s"
+        return self._process.exitcode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill it, if it still runs."""
+        self._process.kill()
+        self._process.join()
+        self.stdout.close()
+
+
+class Server:
+    """The command `mlflow server` on SQLite, which can go away and come back at its address."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
+        self.log = folder / "server.log"
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = Forked(self._serve)
+        wait_for(f"{self.url}/health", self.process, self.log)
+
+    def _serve(self) -> None:
+        with self.log.open("a") as log:
+            for number in (1, 2):
+                os.dup2(log.fileno(), number)
+        os.chdir(self.folder)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # further processes, for other work
+        mlflow.server._exec_cmd = self._go_on_here
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        options += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        options += ["--artifacts-destination", str(self.folder / "artifacts")]
+        mlflow.cli.cli(["server", *options])
+
+    @staticmethod
+    def _go_on_here(command: list[str], *, extra_env: dict[str, str], **_: object) -> None:
+        """Do what `python -m uvicorn …` does, without loading all of MLflow once more."""
+        os.environ.update(extra_env)
+        uvicorn.main(command[command.index("uvicorn") + 1 :])
+
+    def stop(self) -> None:
+        """End it as a power cut would."""
+        self.process.end()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server that runs."""
+    found = Server(tmp_path)
+    found.start()
+    yield found
+    found.stop()
+
+
+def run_main(**values: object) -> None:
+    """Run main in this process, as its command line does, and each of its steps in a forked one.
+
+    The parts that load torch in a process of their own are left out: they have tests of their own.
+    """
+    mlflow.projects.run = fork_step
+    reuse.device_kind = lambda: "cpu"
+    packaging.ask_in_fresh_process = lambda *_: "SELECT 1"
+    given = params.parse_main(words(defaults("main") | values))
+    tracking.run_in_run(lambda: main.main(given))
+
+
+def fork_step(
+    *, uri: str, entry_point: str, parameters: dict[str, str], env_manager: str, run_name: str
+) -> SimpleNamespace:
+    """What `mlflow.projects.run` does, with a forked process."""
+    parent, client = mlflow.active_run().info, mlflow.MlflowClient()
+    tags = {MLFLOW_PARENT_RUN_ID: parent.run_id, MLFLOW_PROJECT_ENTRY_POINT: entry_point}
+    run_id = client.create_run(parent.experiment_id, run_name=run_name, tags=tags).info.run_id
+
+    def body() -> None:
+        os.environ["MLFLOW_RUN_ID"] = run_id
+        call_step(entry_point, **parameters)
+
+    with Forked(body) as process:
+        print(process.stdout.read(), flush=True)
+        if process.wait(60):
+            client.set_terminated(run_id, "FAILED")
+            raise ExecutionException(f"Run (ID '{run_id}') failed")
+    return SimpleNamespace(run_id=run_id)
 
 
 @contextmanager

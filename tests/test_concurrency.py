@@ -1,6 +1,6 @@
 """Several pipelines at once in one store."""
 
-import subprocess
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
@@ -8,12 +8,16 @@ import pytest
 
 from steps import register
 from steps.text2sql import tracking
-from steps.text2sql.manifest import AdapterManifest
+from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
-from tests.conftest import PROJECT, QUICK, plain_rows, tracking_at, write_jsonl
-from tests.test_mlflow_run import environment
+from tests.conftest import QUICK, Forked, plain_rows, run_main, tracking_at, write_jsonl
 
 AT_ONCE = 4
+
+
+def echo(model_input: list[str]) -> list[str]:
+    """The smallest model."""
+    return model_input
 
 
 def register_at_once(source, described):
@@ -28,14 +32,23 @@ def register_at_once(source, described):
         return list(pool.map(one, range(AT_ONCE)))
 
 
+@pytest.fixture(params=["sqlite", "server"])
+def model(request, new_store):
+    """A logged model in a store of its own."""
+    is_server = request.param == "server"
+    with tracking_at(request.getfixturevalue("server").url if is_server else new_store()):
+        logged = mlflow.pyfunc.log_model(name="model", python_model=echo, pip_requirements=[])
+        mlflow.end_run()
+        yield logged.model_uri
+
+
 def test_four_registrations_at_once_get_versions_of_their_own_and_the_newest_is_challenger(
-    chain, monkeypatch
+    model, monkeypatch
 ):
     monkeypatch.setattr(tracking, "git_commit", lambda: "")
-    source = mlflow.MlflowClient().get_model_version("text2sql", "1").source
-    prepared = mlflow.artifacts.load_dict(f"runs:/{chain.train.info.run_id}/adapter/manifest.json")["dataset"]
-    described = AdapterManifest("nf4", 6, 6, prepared)
-    versions = register_at_once(source, described)
+    names = [field.name for field in dataclasses.fields(DatasetManifest)]
+    described = AdapterManifest("nf4", 6, 6, dict.fromkeys(names, ""))
+    versions = register_at_once(model, described)
     assert sorted(int(version.version) for version in versions) == [1, 2, 3, 4]
     challenger = mlflow.MlflowClient().get_model_version_by_alias("together", "challenger")
     assert int(challenger.version) == AT_ONCE
@@ -51,7 +64,9 @@ def test_a_registration_that_never_gets_a_number_is_an_error(store, monkeypatch)
         tracking.register_version("models:/m-1", "together", {})
 
 
-def test_two_that_set_an_alias_for_the_first_time_both_succeed(chain, monkeypatch):
+def test_two_that_set_an_alias_for_the_first_time_both_succeed(store, monkeypatch):
+    mlflow.MlflowClient().create_registered_model("text2sql")
+    mlflow.MlflowClient().create_model_version("text2sql", "/a")
     set_alias, calls = mlflow.MlflowClient.set_registered_model_alias, []
 
     def collide(client, name, alias, version):
@@ -66,33 +81,20 @@ def test_two_that_set_an_alias_for_the_first_time_both_succeed(chain, monkeypatc
     assert len(calls) == 2
     newest = mlflow.MlflowClient().get_model_version_by_alias("text2sql", "newest")
     assert str(newest.version) == calls[1]
-    mlflow.MlflowClient().delete_registered_model_alias("text2sql", "newest")
 
 
-@pytest.mark.slow
-def test_two_pipelines_at_once_both_finish_with_a_version_each(new_store, tiny_base, tmp_path):
-    uri = new_store()
+def test_two_pipelines_at_once_both_finish_with_a_version_each(new_store, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
     values = QUICK | {"max_steps": 2, "base_model": tiny_base, "dataset": rows, "eval_rows": 2}
-    words = [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
-    logs = [tmp_path / f"{name}.log" for name in "ab"]
-    processes = []
-    for log in logs:
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    ["mlflow", "run", str(PROJECT), "--env-manager", "local", *words],
-                    cwd=tmp_path,
-                    env=environment(MLFLOW_TRACKING_URI=uri, OMP_NUM_THREADS="1"),
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    codes = [process.wait(timeout=1200) for process in processes]
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    with tracking_at(uri):
+    with tracking_at(new_store()):
+        with Forked(lambda: run_main(**values)) as one, Forked(lambda: run_main(**values)) as other:
+            with ThreadPoolExecutor() as pool:
+                printed = list(pool.map(lambda process: process.stdout.read(), (one, other)))
+            assert [process.wait(60) for process in (one, other)] == [0, 0], "\n".join(printed)
         runs = mlflow.search_runs(output_format="list")
         assert {run.info.status for run in runs} == {"FINISHED"}
+        assert len(runs) == 12
         versions = mlflow.MlflowClient().search_model_versions('name = "text2sql"')
         assert sorted(int(version.version) for version in versions) == [1, 2]
         assert len({version.run_id for version in versions}) == 2

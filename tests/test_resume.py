@@ -1,44 +1,18 @@
 """A training that was killed goes on in a new run and ends with the adapter of one that never stopped."""
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 from mlflow.artifacts import download_artifacts
 
-from steps.text2sql.run_folder import run_folder
-from tests.conftest import PROJECT, QUICK, call_step, defaults, failure, plain_rows, words, write_jsonl
+from steps.text2sql import run_folder, training
+from tests.conftest import QUICK, Forked, call_step, failure, plain_rows, tracking_at, write_jsonl
 
-# Ends itself as a power cut would: after a step, or amid the files of a checkpoint.
-KILLED = """\
-import os, signal, sys
-from steps import train
-from steps.text2sql import run_folder, tracking, training
-from steps.text2sql.params import TrainParams
-
-where, at = sys.argv.pop(1), int(sys.argv.pop(1))
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-report, sync, count = training.Reporter.on_log, run_folder._sync, 0
-
-def on_log(self, args, state, *rest, **named):
-    report(self, args, state, *rest, **named)
-    if where == "step" and state.global_step == at:
-        die()
-
-def _sync(path):
-    global count
-    count += f"checkpoint-{at}." in str(path)
-    if where == "checkpoint" and count == 4:
-        die()
-    sync(path)
-
-training.Reporter.on_log, run_folder._sync = on_log, _sync
-tracking.run_step(TrainParams, train.main)
-"""
 VALUES = QUICK | {"lora_dropout": 0.2, "max_steps": 9, "save_steps": 2}
 
 
@@ -48,24 +22,56 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="module")
+def whole(new_store, tiny_base, tmp_path_factory):
+    """A store with a prepared dataset, 17 rows a training epoch, and a training that never stopped."""
+    file = write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", plain_rows(28))
+    with tracking_at(new_store()) as uri:
+        prepared = call_step("prepare_data", base_model=tiny_base, dataset=file)
+        dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
+        run = call_step("train", dataset_uri=dataset_uri, **VALUES)
+    return SimpleNamespace(store=uri, dataset_uri=dataset_uri, run=run)
+
+
 @pytest.fixture
-def dataset_uri(store, tiny_base, tmp_path):
-    """A prepared dataset of plain rows, 17 a training epoch, in a fresh store."""
-    file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(28))
-    return f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
+def dataset_uri(whole):
+    """The prepared dataset, with MLflow on its store."""
+    with tracking_at(whole.store):
+        yield whole.dataset_uri
 
 
 def newest():
     return mlflow.search_runs(output_format="list", max_results=1)[0]
 
 
+def die():
+    """End this process as a power cut would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(dataset_uri, where, at):
+    """Train until after a step, or until amid the files of a checkpoint."""
+    report, sync, synced = training.Reporter.on_log, run_folder._sync, []
+
+    def on_log(self, args, state, *rest, **named):
+        report(self, args, state, *rest, **named)
+        if where == "step" and state.global_step == at:
+            die()
+
+    def sync_or_die(path):
+        synced.extend([path] if f"checkpoint-{at}." in str(path) else [])
+        if where == "checkpoint" and len(synced) == 4:
+            die()
+        sync(path)
+
+    training.Reporter.on_log, run_folder._sync = on_log, sync_or_die
+    call_step("train", dataset_uri=dataset_uri, **VALUES)
+
+
 def killed(dataset_uri, where, at):
-    """A training that is killed there."""
-    argv = [where, str(at), *words(defaults("train") | VALUES | {"dataset_uri": dataset_uri})]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *argv], cwd=PROJECT, capture_output=True, timeout=300
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    """A training that was killed there."""
+    with Forked(lambda: train_and_die(dataset_uri, where, at)) as process:
+        assert process.wait(120) == -signal.SIGKILL, process.stdout.read()
     return newest()
 
 
@@ -75,20 +81,20 @@ def adapter_bytes(run):
         return file.read()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("where", "at", "from_step"), [("step", 3, 2), ("step", 8, 6), ("checkpoint", 6, 4)])
 def test_a_killed_training_goes_on_to_the_adapter_of_one_that_never_stopped(
-    dataset_uri, where, at, from_step
+    whole, dataset_uri, where, at, from_step
 ):
-    whole = call_step("train", dataset_uri=dataset_uri, **VALUES)
     dead = killed(dataset_uri, where, at)
+    assert dead.info.status == "RUNNING"
     rest = call_step("train", dataset_uri=dataset_uri, **VALUES | {"resume_from": dead.info.run_id})
-    assert adapter_bytes(rest) == adapter_bytes(whole)
+    assert adapter_bytes(rest) == adapter_bytes(whole.run)
+    assert mlflow.get_run(dead.info.run_id).info.status == "FAILED"
     assert rest.data.tags["resumed_from"] == dead.info.run_id
     assert rest.data.tags["resumed_step"] == str(from_step)
-    assert rest.data.metrics["train_loss_mean"] == whole.data.metrics["train_loss_mean"]
+    assert rest.data.metrics["train_loss_mean"] == whole.run.data.metrics["train_loss_mean"]
     client = mlflow.MlflowClient()
-    curves = [client.get_metric_history(run.info.run_id, "train_loss") for run in (whole, rest)]
+    curves = [client.get_metric_history(run.info.run_id, "train_loss") for run in (whole.run, rest)]
     assert [(p.step, p.value) for p in curves[0]] == [(p.step, p.value) for p in curves[1]]
 
 
@@ -97,7 +103,7 @@ def stopped(dataset_uri, monkeypatch):
     """A run of 5 steps with the checkpoints 2 and 4 in the store and still on the disk."""
     monkeypatch.setattr("steps.text2sql.outputs.Outputs.remove", lambda self: None)
     run = call_step("train", dataset_uri=dataset_uri, **VALUES | {"max_steps": 5})
-    assert sorted(path.name for path in run_folder(run.info.run_id).iterdir()) == [
+    assert sorted(path.name for path in run_folder.run_folder(run.info.run_id).iterdir()) == [
         "adapter",
         "checkpoint-2",
         "checkpoint-4",
@@ -112,12 +118,12 @@ def resumed(dataset_uri, run, **values):
 
 
 def test_the_newest_checkpoint_of_the_store_is_used_where_the_disk_is_gone(dataset_uri, stopped):
-    shutil.rmtree(run_folder(stopped.info.run_id))
+    shutil.rmtree(run_folder.run_folder(stopped.info.run_id))
     assert resumed(dataset_uri, stopped).data.tags["resumed_step"] == "4"
 
 
 def test_a_torn_checkpoint_is_said_and_the_one_before_it_is_used(dataset_uri, stopped, capsys):
-    shutil.rmtree(run_folder(stopped.info.run_id))
+    shutil.rmtree(run_folder.run_folder(stopped.info.run_id))
     logged = Path(stopped.info.artifact_uri.removeprefix("file://")) / "checkpoints"
     with (logged / "checkpoint-4" / "training_state.safetensors").open("r+b") as file:
         file.truncate(1000)
@@ -143,11 +149,11 @@ def test_no_more_than_keep_checkpoints_stay_on_the_disk_and_in_the_store(dataset
     monkeypatch.setattr("steps.text2sql.outputs.Outputs.remove", lambda self: None)
     run = call_step("train", dataset_uri=dataset_uri, **VALUES | {"save_steps": 1, "keep_checkpoints": 1})
     [logged] = mlflow.MlflowClient().list_artifacts(run.info.run_id, "checkpoints")
-    [kept] = run_folder(run.info.run_id).glob("checkpoint-*")
+    [kept] = run_folder.run_folder(run.info.run_id).glob("checkpoint-*")
     assert logged.path == "checkpoints/checkpoint-8"
     assert kept.name == "checkpoint-8"
 
 
 def test_a_finished_training_leaves_nothing_on_the_disk(dataset_uri):
     run = call_step("train", dataset_uri=dataset_uri, **VALUES)
-    assert not run_folder(run.info.run_id).exists()
+    assert not run_folder.run_folder(run.info.run_id).exists()

@@ -1,16 +1,30 @@
-"""Stopping the chain from outside, as people and machines do it, through a real `mlflow run`."""
+"""Stopping the chain from outside, as people and machines do it."""
 
 import os
 import shlex
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import mlflow
 import psutil
 import pytest
 
-from tests.conftest import PROJECT, QUICK, plain_rows, tracking_at, write_jsonl
+from steps.text2sql import params, reuse, tracking
+from tests.conftest import (
+    PROJECT,
+    QUICK,
+    START_LIMIT_SECONDS,
+    Forked,
+    call_step,
+    defaults,
+    plain_rows,
+    run_main,
+    tracking_at,
+    words,
+    write_jsonl,
+)
 from tests.test_mlflow_run import environment
 
 pytestmark = pytest.mark.slow
@@ -19,22 +33,33 @@ END_LIMIT_SECONDS = 30
 
 
 @pytest.fixture(scope="module")
-def stopped_store(new_store):
-    """A store that all these pipelines share."""
-    return new_store()
+def shared(new_store, tiny_base, tmp_path_factory):
+    """Store, values and cache of all these pipelines: each one goes on where another was stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    values = QUICK | {"max_steps": 1_000_000, "base_model": tiny_base, "eval_rows": 4}
+    values["dataset"] = write_jsonl(folder / "rows.jsonl", plain_rows(200))
+    with tracking_at(new_store()) as store, pytest.MonkeyPatch.context() as patch:
+        prepare(values, patch)
+    return SimpleNamespace(store=store, values=values, cache=folder / "cache")
+
+
+def prepare(values, patch):
+    """Prepare the dataset as main would, which then has it already."""
+    of_step = params.parse_main(words(defaults("main") | values)).steps["prepare_data"]
+    found = reuse.fingerprint("prepare_data", of_step, upstream={}, device="cpu", code=reuse.code_digest())
+    patch.setenv(tracking.FINGERPRINT_VARIABLE, found)
+    call_step("prepare_data", **of_step)
 
 
 @pytest.fixture
-def pipeline(stopped_store, tiny_base, tmp_path):
+def pipeline(shared, tmp_path):
     """A chain whose training would take hours, in a process group of its own, after its first checkpoint."""
-    values = QUICK | {"max_steps": 1_000_000, "base_model": tiny_base, "eval_rows": 4}
-    values["dataset"] = write_jsonl(tmp_path / "rows.jsonl", plain_rows(200))
-    words = [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
+    options = [word for name, value in shared.values.items() for word in ("-P", f"{name}={value}")]
     process = subprocess.Popen(
-        ["mlflow", "run", str(PROJECT), "--env-manager", "local", *words],
+        ["mlflow", "run", str(PROJECT), "--env-manager", "local", *options],
         cwd=tmp_path,
         env=environment(
-            MLFLOW_TRACKING_URI=stopped_store, OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(tmp_path / "cache")
+            MLFLOW_TRACKING_URI=shared.store, OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(shared.cache)
         ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -72,42 +97,66 @@ def ended(process, family):
     return output
 
 
+def newest_train():
+    """The run of the newest training, if there is one."""
+    runs = mlflow.search_runs(
+        output_format="list",
+        filter_string="attributes.run_name = 'train'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return runs[0] if runs else None
+
+
 def statuses():
     """Status and `stopped_by` of the newest pipeline's main, and of its train."""
-    found = mlflow.search_runs(output_format="list", order_by=["attributes.start_time DESC"])
-    steps = [
-        next(run for run in found if run.data.tags["mlflow.project.entryPoint"] == name)
-        for name in ("main", "train")
-    ]
-    assert steps[1].data.tags["mlflow.parentRunId"] == steps[0].info.run_id
-    assert not [run for run in found if run.info.status == "RUNNING"]
+    train = newest_train()
+    steps = [mlflow.get_run(train.data.tags["mlflow.parentRunId"]), train]
+    assert not mlflow.search_runs(output_format="list", filter_string="attributes.status = 'RUNNING'")
     return [(run.info.status, run.data.tags.get("stopped_by")) for run in steps]
 
 
-def test_sigterm_to_main_alone_ends_all_and_keeps_a_checkpoint(pipeline, stopped_store):
-    process, family = pipeline
-    member(family, "main").terminate()
-    output = ended(process, family)
-    with tracking_at(stopped_store):
-        # `mlflow run` itself was not stopped, and writes FAILED last.
-        assert statuses() == [("FAILED", "SIGTERM"), ("KILLED", "SIGTERM")]
-    assert "To go on:" in output
+def wait_for_checkpoint(earlier):
+    """Wait until a training other than an earlier one has a checkpoint in the store."""
+    end = time.monotonic() + START_LIMIT_SECONDS
+    while time.monotonic() < end:
+        run = newest_train()
+        if run and run.info.run_id != earlier and tracking.artifacts(run.info.run_id, tracking.CHECKPOINTS):
+            return
+        time.sleep(0.1)
+    pytest.fail("no checkpoint was logged")
 
 
-def test_sigterm_to_mlflow_run_ends_all_and_main_is_killed(pipeline, stopped_store):
+def test_sigterm_to_main_alone_ends_all_and_keeps_a_checkpoint(shared, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared.cache))
+    with tracking_at(shared.store):
+        earlier = newest_train()
+        with Forked(lambda: run_main(**shared.values)) as main:
+            wait_for_checkpoint(earlier and earlier.info.run_id)
+            family = psutil.Process(main.pid).children(recursive=True)
+            assert family
+            os.kill(main.pid, signal.SIGTERM)
+            assert main.wait(END_LIMIT_SECONDS) == 1
+            assert psutil.wait_procs(family, timeout=0)[1] == []
+            assert "To go on:" in main.stdout.read()
+        assert statuses() == [("KILLED", "SIGTERM"), ("KILLED", "SIGTERM")]
+
+
+def test_sigterm_to_mlflow_run_ends_all_and_main_is_killed(pipeline, shared):
     process, family = pipeline
     process.terminate()
     output = ended(process, family)
-    with tracking_at(stopped_store):
+    with tracking_at(shared.store):
         assert statuses() == [("KILLED", "SIGTERM"), ("KILLED", "SIGTERM")]
     assert "To go on:" in output
 
 
-def test_ctrl_c_ends_all_and_says_how_to_go_on(pipeline, stopped_store):
+def test_ctrl_c_ends_all_and_says_how_to_go_on(pipeline, shared):
     process, family = pipeline
     os.killpg(process.pid, signal.SIGINT)
     output = ended(process, family)
-    with tracking_at(stopped_store):
+    with tracking_at(shared.store):
+        # `mlflow run` lives to see its process end, and writes FAILED last.
         assert statuses() == [("FAILED", "SIGINT"), ("KILLED", "SIGINT")]
     command = shlex.split(output.split("To go on:")[-1])
     assert command[:2] == ["mlflow", "run"]

@@ -17,11 +17,13 @@ import numpy
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from steps.text2sql import adapter, collectives, ranks
+from steps.text2sql.errors import UserError
 from steps.text2sql.processes import on_signals
 
 STATE = "training_state.json"
@@ -79,9 +81,16 @@ def write_values(values: Any, folder: Path) -> None:
 
 
 def read_values(folder: Path) -> Any:
-    """What `write_values` wrote."""
-    packed = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return unpack(packed, load_file(folder / TENSORS))
+    """What `write_values` wrote.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        packed = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return unpack(packed, load_file(folder / TENSORS))
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder.name}: is no checkpoint of train: {error!r}.") from error
 
 
 # State

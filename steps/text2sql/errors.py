@@ -4,5 +4,10 @@
 class UserError(Exception):
     """A problem of the user's input: the message names the parameter, the value and the way out.
 
-    Steps print the message alone, without a traceback, and end with exit status 1.
+    Steps print the message without a traceback, then `go_on`, which says how to go on once it is mended, and
+    end with exit status 1.
     """
+
+    def __init__(self, message: str, go_on: str = "") -> None:
+        super().__init__(message)
+        self.go_on = go_on

@@ -16,6 +16,8 @@ from steps.text2sql.errors import UserError
 
 FILE = "manifest.json"
 FILES = "files"
+# Files that loaders of others would unpickle, which can run any code; none is ever read or written here.
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 AnyManifest = TypeVar("AnyManifest")
 
 
@@ -85,7 +87,8 @@ def check(folder: Path, *, source: str) -> None:
     """Compare every file of a folder with its manifest.
 
     Raises:
-        UserError: naming each file that was changed, is missing or a link, or that the manifest lacks.
+        UserError: naming each file that was changed, is missing, a link or a pickle, or that the manifest
+            lacks.
     """
     refuse_links(folder, source=source)
     try:
@@ -112,6 +115,9 @@ def refuse_links(folder: Path, *, source: str) -> None:
 
 def _problems(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     sizes = {name: path.stat().st_size for name, path in _others(folder)}
+    yield from (
+        f"{name} is a pickle, which can run any code" for name in sizes if Path(name).suffix in PICKLES
+    )
     yield from (f"{name} is missing" for name in sorted(expected.keys() - sizes.keys()))
     yield from (f"{name} is not named by its {FILE}" for name in sorted(sizes.keys() - expected.keys()))
     for name in sorted(sizes.keys() & expected.keys()):

@@ -122,9 +122,11 @@ class Outputs:
         try:
             self._write_adapter(target, step)
         except DiskError as error:
+            kept = saved_in(self.folder)
+            rest = f"{kept[0].name} is kept" if kept else "no checkpoint could be written either"
+            way = f"go on from it with resume_from={self.run_id}" if kept else "train again"
             raise UserError(
-                f"the adapter could not be written to {target}: {error}. The newest checkpoint is kept; make "
-                "room, then go on from it with resume_from."
+                f"the adapter could not be written to {target}: {error}; {rest}. Make room, then {way}."
             ) from error
         try:
             tracking.log_folder(self.run_id, target, tracking.ADAPTER)

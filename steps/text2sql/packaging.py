@@ -19,6 +19,10 @@ from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.screen import EXAMPLE
 
 PYTHON_ENV = Path(__file__).parents[2] / "python_env.yaml"
+# What the served file imports.
+SERVING = {"mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "pandas"}
+# What fetches and reads the embedded base.
+EMBEDDED_BASE_ALONE = {"pip", "gguf"}
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "question"), ColSpec("string", "context", required=False)]),
     outputs=Schema([ColSpec("string")]),
@@ -40,9 +44,11 @@ print("ANSWER " + json.dumps(mlflow.pyfunc.load_model(uri).predict([row])))
 ASK_TIMEOUT_SECONDS = 1800
 
 
-def requirements() -> list[str]:
-    """The pins of python_env.yaml: what was trained with is what serves."""
-    return yaml.safe_load(PYTHON_ENV.read_text(encoding="utf-8"))["dependencies"]
+def requirements(base_model: str) -> list[str]:
+    """What the served file needs, as python_env.yaml pins it: what was trained with is what serves."""
+    pins = yaml.safe_load(PYTHON_ENV.read_text(encoding="utf-8"))["dependencies"]
+    needed = SERVING | (EMBEDDED_BASE_ALONE if base_model == sql_model.EMBEDDED_BASE else set())
+    return [pin for pin in pins if pin.split("==")[0] in needed]
 
 
 def log_model(adapter: Path, described: AdapterManifest, *, name: str, card: str) -> ModelInfo:
@@ -72,7 +78,7 @@ def log_model(adapter: Path, described: AdapterManifest, *, name: str, card: str
             artifacts={"adapter": str(named), "base_license": str(license_file)},
             model_config=config,
             signature=SIGNATURE,
-            pip_requirements=requirements(),
+            pip_requirements=requirements(source.base_model),
             metadata=config | {"base_commit": source.base_commit, "dataset_digest": source.dataset_digest},
         )
 

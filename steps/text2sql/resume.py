@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from steps.text2sql import tracking
+from steps.text2sql import liveness, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in, step_of
 
@@ -39,11 +39,13 @@ def checkpoint(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
     """Folder of the newest whole checkpoint of a run, on this machine or in the store; None without a run.
 
     Raises:
-        UserError: there is none, or its training had another recipe.
+        UserError: there is none, its training had another recipe, or is at work on this machine.
     """
     if not run_id:
         yield None
         return
+    if liveness.state(run_id) == "alive":
+        raise UserError(f"resume_from={run_id}: is still at work on this machine; stop it first.")
     with tempfile.TemporaryDirectory() as scratch:
         found = newest_whole(run_id, Path(scratch))
         if found is None:
@@ -102,5 +104,12 @@ def write_recipe(recipe: Mapping[str, str], folder: Path) -> None:
 
 
 def read_recipe(folder: Path) -> dict[str, str]:
-    """What `write_recipe` wrote."""
-    return json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    """What `write_recipe` wrote.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        return dict(json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder.name}: is no checkpoint of train, its {RECIPE} says: {error}.") from error

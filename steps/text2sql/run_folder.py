@@ -15,10 +15,14 @@ PREFIX = "checkpoint-"
 DiskError = (OSError, SafetensorError)
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/text2sql-qlora`, below `~/.cache` by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "text2sql-qlora"
+
+
 def run_folder(run_id: str) -> Path:
-    """`$XDG_CACHE_HOME/text2sql-qlora/runs/<run id>`, below `~/.cache` by default: outlives the process."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "text2sql-qlora" / "runs" / run_id
+    """Folder of a run in the cache: it outlives the process."""
+    return cache_folder() / "runs" / run_id
 
 
 def step_of(checkpoint: Path | str) -> int:

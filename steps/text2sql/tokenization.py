@@ -39,7 +39,10 @@ def tokenize(
     if rows.empty:
         columns = [*rows.columns, "input_ids", "labels"]
         return datasets.Dataset.from_dict({name: [] for name in columns}), pandas.Series(dtype=object)
-    check_prefix(rows[:PREFIX_CHECK_ROWS], tokenizer=tokenizer, template=template, style=style)
+    # The shortest, since a row may have any length; where the answer begins does not depend on it.
+    lengths_of_text = rows["question"].str.len() + rows["context"].str.len()
+    shortest = lengths_of_text.nsmallest(PREFIX_CHECK_ROWS).index
+    check_prefix(rows.loc[shortest], tokenizer=tokenizer, template=template, style=style)
     table = datasets.Dataset.from_pandas(rows.rename_axis("row").reset_index(), preserve_index=False)
     encoded = table.map(
         encode_batch,

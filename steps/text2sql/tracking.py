@@ -30,13 +30,14 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_GIT_COMMIT,
     MLFLOW_GIT_REPO_URL,
     MLFLOW_PARENT_RUN_ID,
+    MLFLOW_PROJECT_BACKEND,
     MLFLOW_PROJECT_ENTRY_POINT,
     MLFLOW_PROJECT_ENV,
     MLFLOW_RUN_NOTE,
     MLFLOW_SOURCE_NAME,
 )
 
-from steps.text2sql import manifest, processes, ranks
+from steps.text2sql import liveness, manifest, processes, ranks
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import parse, users_folder
 
@@ -85,6 +86,7 @@ PROMOTION = "promotion/"
 TAG_EXPORTED_TO = "exported_to"
 TAG_DRY_RUN = "dry_run"
 CHOSEN = "chosen"
+LOST = "its process ended without a word: it was killed, or the machine went down"
 # Where the project came from, as MLflow notes it.
 SOURCE_TAGS = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_COMMIT, MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL)
 
@@ -148,26 +150,46 @@ def run_in_run(
         return
     with processes.on_signals(processes.raise_interrupt):
         check_store()
-        mlflow.start_run(
+        run = mlflow.start_run(
             log_system_metrics=None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else measure
         )
-        try:
-            take_source_of_parent()
-            name_run(_tags().get(MLFLOW_PROJECT_ENTRY_POINT, ""))
-            if FINGERPRINT_VARIABLE in os.environ:
-                mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
-            body()
-        except (UserError, *user_errors) as error:
-            _end("FAILED", TAG_FAILURE, str(error))
-            raise SystemExit(f"\nError: {error}") from error
-        except (KeyboardInterrupt, Interrupted) as error:
-            name = str(error) or "SIGINT"
-            _end("KILLED", TAG_STOPPED_BY, name)
-            raise SystemExit(f"\nStopped by {name}.{_way_on(error)}") from error
-        except BaseException as error:
-            _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
-            raise
-        mlflow.end_run()
+        with liveness.announced(run.info.run_id):
+            _run(body, (UserError, *user_errors))
+
+
+def _run(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+    try:
+        begin()
+        body()
+    except user_errors as error:
+        _end("FAILED", TAG_FAILURE, str(error))
+        raise SystemExit(f"\nError: {error}{_way_on(error)}") from error
+    except (KeyboardInterrupt, Interrupted) as error:
+        name = str(error) or "SIGINT"
+        _end("KILLED", TAG_STOPPED_BY, name)
+        raise SystemExit(f"\nStopped by {name}.{_way_on(error)}") from error
+    except BaseException as error:
+        _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
+        raise
+    mlflow.end_run()
+
+
+def begin() -> None:
+    """What each run begins with: its origin and its fingerprint as tags, and an end for lost runs.
+
+    Raises:
+        Interrupted: main was killed while this process of it started.
+    """
+    if FINGERPRINT_VARIABLE in os.environ:
+        mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
+    name_run(_tags().get(MLFLOW_PROJECT_ENTRY_POINT, ""))
+    parent = _tags().get(MLFLOW_PARENT_RUN_ID)
+    if not parent:
+        end_lost_runs()
+    elif liveness.state(parent) == "gone":
+        raise Interrupted("the end of main")
+    else:
+        take_source_of(parent)
 
 
 def _run_as_one_of_several(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
@@ -208,7 +230,7 @@ def of_first_process(log: Callable[..., None]) -> Callable[..., None]:
 
 
 def _way_on(error: BaseException) -> str:
-    return f" {error.go_on}" if isinstance(error, Interrupted) and error.go_on else ""
+    return f"\n\n{error.go_on}" if isinstance(error, Interrupted | UserError) and error.go_on else ""
 
 
 def check_store() -> None:
@@ -226,12 +248,40 @@ def check_store() -> None:
             )
 
 
-def take_source_of_parent() -> None:
+def take_source_of(parent: str) -> None:
     """Note on a step's run where the project came from: main starts it from a folder, perhaps a clone."""
-    parent = _tags().get(MLFLOW_PARENT_RUN_ID)
-    if parent:
-        tags = mlflow.get_run(parent).data.tags
-        mlflow.set_tags({name: tags[name] for name in SOURCE_TAGS if name in tags})
+    tags = mlflow.get_run(parent).data.tags
+    mlflow.set_tags({name: tags[name] for name in SOURCE_TAGS if name in tags})
+
+
+def end_lost_runs() -> None:
+    """Set runs of this experiment to FAILED whose process on this machine was killed before it could.
+
+    With them the steps that they had just started. Runs of living processes, or of processes of which this
+    machine does not know, stay as they are.
+    """
+    client = mlflow.MlflowClient()
+    experiment = mlflow.active_run().info.experiment_id
+    found = client.search_runs([experiment], "attributes.status = 'RUNNING'")
+    for run in filter(_is_lost, found):
+        run_id = run.info.run_id
+        if client.get_run(run_id).info.status == "RUNNING":  # else it has ended meanwhile
+            client.set_tag(run_id, TAG_FAILURE, LOST)
+            client.set_terminated(run_id, "FAILED")
+            print(f"\nRun {run_id} ({run.info.run_name}) is FAILED now: {LOST}.", flush=True)
+    for run in found:
+        if liveness.state(run.info.run_id) == "gone":
+            liveness.forget(run.info.run_id)
+
+
+def _is_lost(run: Run) -> bool:
+    """Whether nobody is left to end a run: neither its own process nor, if main started it, main's."""
+    own = liveness.state(run.info.run_id)
+    main = liveness.state(run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""))
+    if own == "gone":
+        return main != "alive"
+    is_here = run.data.tags.get(MLFLOW_PROJECT_BACKEND) == "local"  # else main may have sent it elsewhere
+    return own == "unknown" and main == "gone" and is_here
 
 
 def newest_child(parent: str, step: str) -> str:
@@ -495,10 +545,14 @@ def finished_before(step: str, fingerprint: str) -> Run | None:
 
 
 def unfinished_before(fingerprint: str) -> list[str]:
-    """Ids of runs with this fingerprint that began before this run and did not finish, newest first."""
+    """Ids of runs with this fingerprint that began before this run and did not finish, newest first.
+
+    A run whose process is at work on this machine is not among them.
+    """
     found = _with_fingerprint(fingerprint, "attributes.status != 'FINISHED'")
     began = mlflow.active_run().info.start_time
-    return [run.info.run_id for run in found if run.info.start_time < began]
+    earlier = [run.info.run_id for run in found if run.info.start_time < began]
+    return [run_id for run_id in earlier if liveness.state(run_id) != "alive"]
 
 
 def _with_fingerprint(fingerprint: str, status: str) -> list[Run]:
@@ -699,16 +753,20 @@ def model_version(name: str, version: int | str) -> ModelVersion:
     try:
         return mlflow.MlflowClient().get_model_version(name, str(version))
     except MlflowException as error:
+        found = _versions(name)
+        if str(version) in found:
+            raise
         raise UserError(
-            f"registered_model_name={name}: has no version {version}; there are: {_versions(name)}."
+            f"registered_model_name={name}: has no version {version}; there are: "
+            f"{', '.join(found) or 'none'}."
         ) from error
 
 
-def _versions(name: str) -> str:
+def _versions(name: str) -> list[str]:
     found = []
     with suppress(MlflowException):  # a name that MLflow does not allow
         found = mlflow.MlflowClient().search_model_versions(f'name = "{name}"')
-    return ", ".join(map(str, sorted(int(one.version) for one in found))) or "none"
+    return [str(number) for number in sorted(int(one.version) for one in found)]
 
 
 def find_version(model_uri: str) -> ModelVersion:
