@@ -1,6 +1,7 @@
 """Score a registered version, as it would be served, and its base alone, on test rows."""
 
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas
@@ -10,11 +11,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from steps.text2sql import (
+    adapter,
     assessments,
     dataset,
     evaluation,
     figures,
     manifest,
+    model_card,
     packaging,
     report,
     reuse,
@@ -22,10 +25,11 @@ from steps.text2sql import (
     scoring,
     slices,
     tracking,
+    transformers_flavor,
 )
 from steps.text2sql.device import free_memory_bytes
 from steps.text2sql.errors import UserError
-from steps.text2sql.manifest import DatasetManifest
+from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import Auto, EvaluateParams
 from steps.text2sql.sql_model import BaseModelError, SQLModel
 
@@ -46,7 +50,10 @@ def main(params: EvaluateParams) -> None:
         answers = generate(packaging.load(package, source=source), rows, batch_size=params.eval_batch_size)
         verdicts = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
         model_id = packaging.model_id(package)
+        lora = adapter.settings(package / transformers_flavor.ADAPTER)
+    tracking.tag_data(base_model=described.of_dataset.base_model, dataset=described.of_dataset.dataset)
     keep(version, model_id, rows, answers, verdicts)
+    update_card(version, evaluation.metrics(verdicts), described, lora)
 
 
 def find_version(model_uri: str) -> ModelVersion:
@@ -144,6 +151,21 @@ def link(version: ModelVersion, rows: pandas.DataFrame, scores: dict[str, str]) 
     )
     for name, value in (scores | {tracking.TAG_EVALUATION_RUN: tracking.run_id()}).items():
         mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
+
+
+def update_card(
+    version: ModelVersion, metrics: dict[str, float], described: AdapterManifest, lora: dict[str, Any]
+) -> None:
+    """Put the scores into the version's description; the card in the package stays as it was registered."""
+    card = model_card.render(
+        described,
+        lora,
+        name=version.name,
+        scores=model_card.scores_of(metrics),
+        evaluated_rows=int(metrics["evaluated_rows"]),
+        evaluation_run=tracking.run_id(),
+    )
+    mlflow.MlflowClient().update_model_version(version.name, version.version, description=card)
 
 
 def show(

@@ -2,15 +2,18 @@
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 
-from steps.text2sql import launch_config, processes, remote_step, resume, reuse, screen, tracking
+from steps.text2sql import launch_config, mlproject, processes, remote_step, resume, reuse, screen, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
+Watch = Callable[[processes.Stopper], AbstractContextManager]
 # Parameters of train that are for main alone, and what they are where a user does not give them.
 ELSEWHERE = {"project_backend": "local", "backend_config": ""}
 
@@ -28,21 +31,28 @@ def main(params: MainParams) -> None:
 def chain(params: MainParams) -> None:
     """Run the steps, each with what the ones before it found out."""
     check_devices(**params.steps["train"])
-    prepared = run_step("prepare_data", params)
-    dataset_uri = f"runs:/{prepared.info.run_id}/{tracking.DATASET}"
-    trained = run_step("train", params, dataset_uri=dataset_uri)
-    adapter_uri = f"runs:/{trained.info.run_id}/{tracking.ADAPTER}"
-    registered = run_step("register", params, adapter_uri=adapter_uri, dataset_uri=dataset_uri)
-    name, version = (
-        registered.data.tags[tag] for tag in (tracking.TAG_MODEL_NAME, tracking.TAG_MODEL_VERSION)
+    runs = {"prepare_data": run_step("prepare_data", params)}
+    tags = runs["prepare_data"].data.tags
+    tracking.tag_data(base_model=tags[tracking.TAG_BASE_MODEL], dataset=tags[tracking.TAG_DATASET])
+    dataset_uri = f"runs:/{runs['prepare_data'].info.run_id}/{tracking.DATASET}"
+    runs["train"] = run_step("train", params, dataset_uri=dataset_uri)
+    if params.steps["train"].get("dry_run") == "yes":
+        finish_dry_run(params, runs, dataset_uri)
+        return
+    adapter_uri = f"runs:/{runs['train'].info.run_id}/{tracking.ADAPTER}"
+    runs["register"] = run_step("register", params, adapter_uri=adapter_uri, dataset_uri=dataset_uri)
+    made = runs["register"].data.tags
+    name, version = made[tracking.TAG_MODEL_NAME], made[tracking.TAG_MODEL_VERSION]
+    runs["evaluate"] = run_step(
+        "evaluate", params, model_uri=f"models:/{name}/{version}", dataset_uri=dataset_uri
     )
-    model_uri = f"models:/{name}/{version}"
-    evaluated = run_step("evaluate", params, model_uri=model_uri, dataset_uri=dataset_uri)
     gate = "promotion=never"
     if params.own.promotion != "never":
-        promoted = run_step("promote", params, version=version, evaluation_run_id=evaluated.info.run_id)
-        gate = promoted.data.tags[tracking.TAG_GATE_REASON]
-    finish(prepared, evaluated, name=name, version=version, gate=gate)
+        evaluation_run_id = runs["evaluate"].info.run_id
+        runs["promote"] = run_step("promote", params, version=version, evaluation_run_id=evaluation_run_id)
+        gate = runs["promote"].data.tags[tracking.TAG_GATE_REASON]
+        mlflow.set_tag(tracking.TAG_PROMOTED, runs["promote"].data.tags[tracking.TAG_PROMOTED])
+    finish(runs, name=name, version=version, gate=gate)
 
 
 def check_devices(launch: str, project_backend: str = ELSEWHERE["project_backend"], **_: str) -> None:
@@ -51,13 +61,15 @@ def check_devices(launch: str, project_backend: str = ELSEWHERE["project_backend
         launch_config.check_gpus(launch, len(reuse.gpus()))
 
 
-def run_step(step: str, params: MainParams, **found: str) -> Run:
+def run_step(
+    step: str, params: MainParams, *, title: str = "", watch: Watch = nullcontext, **found: str
+) -> Run:
     """Run a step as a child of this run, or take a run that finished with the same result.
 
-    `found` are values of the steps before.
+    `found` are values of the steps before; `watch` runs around the step's process, and may stop it.
     """
     values = params.steps[step] | found
-    print(f"\n[{list(CHAIN).index(step) + 1}/{len(CHAIN)}] {step}", flush=True)
+    print(f"\n[{title or f'{list(CHAIN).index(step) + 1}/{len(CHAIN)}'}] {step}", flush=True)
     device = reuse.device_kind()
     fingerprint = reuse.fingerprint(
         step,
@@ -76,11 +88,11 @@ def run_step(step: str, params: MainParams, **found: str) -> Run:
     if step == "train" and params.own.resume == "auto" and not values.get("resume_from"):
         unfinished = next(filter(resume.can_go_on, tracking.unfinished_before(fingerprint)), None)
         values |= {"resume_from": unfinished} if unfinished else {}
-    return start_step(step, values, fingerprint)
+    return start_step(step, values, fingerprint, watch)
 
 
-def start_step(step: str, values: dict[str, str], fingerprint: str) -> Run:
-    """Run a step as a child of this run, here or where `project_backend` says.
+def start_step(step: str, values: dict[str, str], fingerprint: str, watch: Watch = nullcontext) -> Run:
+    """Run a step as a child of this run, here or where `project_backend` says; `watch` counts here alone.
 
     Raises:
         UserError: it failed; its own message stands above on the screen.
@@ -93,7 +105,7 @@ def start_step(step: str, values: dict[str, str], fingerprint: str) -> Run:
         return remote_step.run(step, values, backend=backend, config=config, fingerprint=fingerprint)
     stopper = processes.Stopper()
     try:
-        with stopper.listening():
+        with stopper.listening(), watch(stopper):
             submitted = mlflow.projects.run(
                 uri=str(tracking.PROJECT),
                 entry_point=step,
@@ -110,11 +122,25 @@ def start_step(step: str, values: dict[str, str], fingerprint: str) -> Run:
     return mlflow.get_run(submitted.run_id)
 
 
-def finish(prepared: Run, evaluated: Run, *, name: str, version: str, gate: str) -> None:
+def finish_dry_run(params: MainParams, runs: dict[str, Run], dataset_uri: str) -> None:
+    """Show what the training would take; nothing is registered, so there is nothing more to run."""
+    tracking.tag_dry_run()
+    tracking.name_run("dry run")
+    tracking.describe_steps("Dry run: nothing was trained.", runs)
+    typed = mlproject.without_defaults("main", params.given)
+    chosen = tracking.choices(runs["train"])
+    print(screen.plan(prepared_uri=dataset_uri, chosen=chosen, given=typed), flush=True)
+
+
+def finish(runs: dict[str, Run], *, name: str, version: str, gate: str) -> None:
     """Log what there is to compare on the parent run, and show the closing screen."""
+    prepared, evaluated = runs["prepare_data"], runs["evaluate"]
     mlflow.log_metrics({name: value for name, value in evaluated.data.metrics.items() if "/" not in name})
     mlflow.set_tags({tracking.TAG_MODEL_NAME: name, tracking.TAG_MODEL_VERSION: version})
     aliases = mlflow.MlflowClient().get_model_version(name, version).aliases
+    tracking.name_run(f"{name} v{version}")
+    model = tracking.version_link(name, version)
+    tracking.describe_steps(f"{model} {screen.standing(aliases, gate)}", runs)
     print(
         screen.closing(
             chosen=tracking.choices(prepared),

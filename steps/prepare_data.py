@@ -69,6 +69,7 @@ def main(params: PrepareDataParams) -> None:
         seed=params.seed,
         counts=preparation.counts(parts, prepared) | overlaps(given, parts),
     )
+    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
     save(prepared, described, source)
     show(prepared, source, described)
 

@@ -23,6 +23,7 @@ def main(params: RegisterParams) -> None:
     with tracking.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
         described = manifest.read(AdapterManifest, folder, source=f"adapter_uri={params.adapter_uri}")
         check_match(described, of_dataset, params)
+        tracking.tag_data(base_model=of_dataset.base_model, dataset=of_dataset.dataset)
         card = model_card.render(described, adapter.settings(folder), name=params.registered_model_name)
         logged = packaging.log_model(folder, described, name=tracking.MODEL, card=card)
     log_training_rows(logged.model_id, seen)

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from steps.text2sql import (
@@ -56,6 +56,9 @@ def main(params: TrainParams) -> None:
             f"project_backend={params.project_backend}: is for main, which sends train there; train alone is "
             f"sent with: mlflow run . -e train --backend {params.project_backend} --backend-config <file>"
         )
+    if params.dry_run == "yes":
+        dry_run(params)
+        return
     if launching.is_due(params.launch):
         launching.run("steps.train", vars(params), launch=params.launch)
         return
@@ -66,6 +69,7 @@ def main(params: TrainParams) -> None:
 def train(params: TrainParams) -> None:
     """Train, and log the adapter with all that repeats it; so each of the processes that train together."""
     described, data = load_data(params.dataset_uri)
+    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     tokenizer = load_tokenizer(described, params.dataset_uri)
     transformers.set_seed(params.seed)
@@ -171,6 +175,46 @@ def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
         return described, datasets.load_from_disk(folder, keep_in_memory=True)
 
 
+def dry_run(params: TrainParams) -> None:
+    """Say what a training in one process would choose and take, from shapes alone: no weights are fetched."""
+    tracking.tag_dry_run()
+    described, data = load_data(params.dataset_uri)
+    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
+    base_model.check_memory(described.base_model, params.quantization)
+    base, (device, dtype) = base_model.skeleton(described.base_model), pick_device()
+    held, lora = base_model.held(base, params.quantization, dtype), lora_settings(params)
+    free = memory_plan.free_bytes(device) - held.bytes
+    trainable = adapter.size(base, lora)
+    plan = plan_memory(params, base, data, trainable, free=free, four_bit=held.four_bit)
+    count = adapter.count_parameters(adapter.attach(base, lora))
+    log_base(params, described, count)
+    settings = trainer_settings(params, plan, rows=len(data["train"]), frozen_parameters=count.frozen)
+    speed = speed_of_device(count.frozen)
+    step_tokens = training.mean_tokens(data["train"]) * params.batch_size
+    peak_bytes = memory_plan.peak_bytes(
+        plan,
+        memory_plan.Shape.of(base.config, dtype),
+        device=device,
+        weights=held.bytes,
+        four_bit=held.four_bit,
+        trainable=trainable,
+        step_tokens=step_tokens,
+    )
+    tokens = step_tokens * settings.max_steps
+    tracking.log_choices(
+        torch_compile=choose_compile(params, tokens=tokens, **speed),
+        **screen.estimates(
+            rows=len(data["train"]),
+            rows_to_train_on=settings.max_steps * params.batch_size,
+            peak_bytes=peak_bytes,
+            download_bytes=base_model.to_download(described.base_model),
+            seconds=training.training_seconds(
+                tokens=tokens, device=device, recompute=plan.recompute, **speed
+            ),
+        ),
+    )
+
+
 def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTokenizerFast:
     """Tokenizer of the base, which must be the one that the dataset was made with."""
     tokenizer = load_base_tokenizer(described.base_model)
@@ -189,18 +233,34 @@ def load_model(
     # FSDP divides numbers of the dtype that is computed in; the 4-bit values in them are the same.
     storage = pick_device()[1] if ranks.is_sharded() else torch.uint8
     base = load_base(described.base_model, params.quantization, storage=storage)
-    lora = adapter.lora_config(
-        r=params.lora_r,
-        alpha=params.lora_alpha,
-        dropout=params.lora_dropout,
-        target_modules=params.target_modules,
-    )
-    plan = plan_memory(params, base, data, adapter.size(base, lora))
+    lora = lora_settings(params)
+    collectives.smallest(0)  # when all have loaded it
+    free = collectives.smallest(memory_plan.free_bytes(pick_device()[0], processes=ranks.count_here()))
+    four_bit = memory_plan.four_bit_parameters(base)
+    plan = plan_memory(params, base, data, adapter.size(base, lora), free=int(free), four_bit=four_bit)
     model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
     count = adapter.count_parameters(model)
     quantization = quantization_config(params.quantization, pick_device()[1], storage=storage)
     tracking.log_settings("lora", model.peft_config["default"].to_dict())
     tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
+    log_base(params, described, count)
+    if ranks.is_sharded():
+        sharding.shard(model)
+    return model, plan, count
+
+
+def lora_settings(params: TrainParams) -> LoraConfig:
+    """The adapter to train."""
+    return adapter.lora_config(
+        r=params.lora_r,
+        alpha=params.lora_alpha,
+        dropout=params.lora_dropout,
+        target_modules=params.target_modules,
+    )
+
+
+def log_base(params: TrainParams, described: DatasetManifest, count: ParameterCount) -> None:
+    """Say what is trained, on what and where."""
     tracking.log_choices(
         device=describe_device(),
         processes=describe_processes(),
@@ -210,9 +270,6 @@ def load_model(
     tracking.log_metrics(
         trainable_parameters=count.trainable, all_parameters=count.all, trainable_share=count.share
     )
-    if ranks.is_sharded():
-        sharding.shard(model)
-    return model, plan, count
 
 
 def describe_processes() -> str:
@@ -224,19 +281,23 @@ def describe_processes() -> str:
 
 
 def plan_memory(
-    params: TrainParams, base: PreTrainedModel, data: datasets.DatasetDict, trainable: int
+    params: TrainParams,
+    base: PreTrainedModel,
+    data: datasets.DatasetDict,
+    trainable: int,
+    *,
+    free: int,
+    four_bit: int,
 ) -> memory_plan.Plan:
-    """How to use the memory that is free with the base loaded, the same in all processes; says so."""
+    """How to use the `free` bytes that there are with the base loaded, the same in all processes; says so."""
     device, dtype = pick_device()
-    collectives.smallest(0)  # when all have loaded it
-    free = collectives.smallest(memory_plan.free_bytes(device, processes=ranks.count_here()))
     step_tokens = training.mean_tokens(data["train"]) * params.batch_size / ranks.count()
     plan = memory_plan.make(
         memory_plan.Shape.of(base.config, dtype),
         device=device,
-        free=int(free),
+        free=free,
         trainable=trainable,
-        four_bit=memory_plan.four_bit_parameters(base),
+        four_bit=four_bit,
         longest=training.longest_row(data),
         step_tokens=int(step_tokens),
         gradient_checkpointing=params.gradient_checkpointing,
@@ -256,20 +317,35 @@ def speed_settings(
     frozen_parameters: int,
 ) -> dict[str, float]:
     """Compile the layers where that pays; what Reporter measures speed by comes back."""
-    speed = {
+    speed = speed_of_device(frozen_parameters)
+    tokens = training.mean_tokens(data["train"]) * params.batch_size * steps
+    chosen = choose_compile(params, tokens=tokens, **speed)
+    if chosen == "yes":
+        training.compile_layers(model)
+    tracking.log_choices(torch_compile=chosen)
+    return speed
+
+
+def speed_of_device(frozen_parameters: int) -> dict[str, float]:
+    """What times are estimated and measured by."""
+    return {
         "frozen_parameters": frozen_parameters,
         "operations_per_second": operations_per_second() * ranks.count(),
     }
-    tokens = training.mean_tokens(data["train"]) * params.batch_size * steps
+
+
+def choose_compile(params: TrainParams, *, tokens: float, **speed: float) -> str:
+    """`yes` or `no`; `auto` by whether so many tokens take long enough.
+
+    Raises:
+        UserError: yes, where the layers cannot be compiled.
+    """
     pays = pick_device()[0] == "cuda" and training.compiling_pays(tokens=tokens, **speed)
     can = not ranks.is_sharded()  # a compiled layer would hold on to weights that come and go
     chosen = {"auto": "yes" if pays and can else "no"}.get(params.torch_compile, params.torch_compile)
     if chosen == "yes" and not can:
         raise UserError("torch_compile=yes: not with a base that is divided (FSDP); give auto or no.")
-    if chosen == "yes":
-        training.compile_layers(model)
-    tracking.log_choices(torch_compile=chosen)
-    return speed
+    return chosen
 
 
 def trainer_settings(

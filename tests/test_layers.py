@@ -78,8 +78,8 @@ def test_the_served_file_imports_nothing_of_the_project():
     assert {name.split(".")[0] for name in imported("steps/text2sql/sql_model.py")} & project == set()
 
 
-@pytest.mark.parametrize("step", ["main", "promote"])
-def test_main_and_promote_load_neither_torch_nor_transformers(step):
+@pytest.mark.parametrize("step", ["main", "promote", "sweep"])
+def test_main_promote_and_sweep_load_neither_torch_nor_transformers(step):
     ask = f"import sys, steps.{step}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
     done = subprocess.run(
         [sys.executable, "-c", ask], cwd=PROJECT, capture_output=True, text=True, check=True

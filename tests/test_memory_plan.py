@@ -108,6 +108,26 @@ def test_a_plan_says_what_it_does():
     )
 
 
+def test_the_peak_is_weights_adapter_activations_and_buffers():
+    named = COUNTS | {"device": "cuda", "weights": int(LOADED_BYTES), "step_tokens": 1040}
+    found = memory_plan.peak_bytes(plan(80), MISTRAL, **named)
+    # An H100 that dequantized the weights held 22.9 GiB at most in steps of 1,040 tokens.
+    assert 22.9 * 0.9 < found / 2**30 < 22.9 * 1.1
+    adapter_bytes = COUNTS["trainable"] * 16
+    activations = 1040 * MISTRAL.token_bytes(recompute=False)
+    expected = int(LOADED_BYTES) + int(COUNTS["four_bit"] * 1.484) + adapter_bytes + activations + 2**28
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_process_counts_where_weights_lie_in_its_own_memory():
+    named = COUNTS | {"weights": 0, "step_tokens": 1040}
+    on = {
+        device: memory_plan.peak_bytes(plan(16), MISTRAL, device=device, **named)
+        for device in ("cpu", "cuda")
+    }
+    assert on["cpu"] - on["cuda"] == int(0.7 * 2**30)
+
+
 def test_weights_that_are_divided_among_processes_stay_in_4_bits():
     assert plan(80).dequantize
     assert not plan(80, sharded=True).dequantize

@@ -17,7 +17,8 @@ SPEC = yaml.safe_load((PROJECT / "MLproject").read_text())
 ENTRY_POINTS: dict[str, dict[str, Any]] = SPEC["entry_points"]
 DECLARED = {name: entry.get("parameters", {}) for name, entry in ENTRY_POINTS.items()}
 STEP_MODULES = [name for name in ENTRY_POINTS if name != "tests"]
-ROWS_OF_EVALUATE = ("dataset_uri", "dataset")
+# Parameters that some entry points can do without, though others of that name have a value.
+OPTIONAL = {"evaluate": ("dataset_uri", "dataset"), "sweep": ("dataset_uri",)}
 # As the README and DESIGN.md promise them.
 MAIN = {
     "base_model": "auto",
@@ -52,7 +53,7 @@ def test_mlflow_loads_the_project_with_exactly_these_entry_points():
     entry_points = load_project(str(PROJECT))._entry_points
     assert sorted(entry_points) == sorted(["main", *STEPS, "tests"])
     assert list(CHAIN) == ["prepare_data", "train", "register", "evaluate", "promote"]
-    assert list(STEPS) == [*CHAIN, "export"]
+    assert list(STEPS) == [*CHAIN, "export", "sweep"]
     assert set(entry_points) == set(ENTRY_POINTS)
 
 
@@ -104,9 +105,8 @@ def test_the_entry_point_tests_runs_pytest_without_parameters():
 
 
 def shared(entry_point: str) -> dict[str, dict[str, str]]:
-    """Parameters that mean the same in every entry point: evaluate alone takes one of two kinds of rows."""
-    declared = DECLARED[entry_point].items()
-    return {n: kind for n, kind in declared if entry_point != "evaluate" or n not in ROWS_OF_EVALUATE}
+    """Parameters that mean the same in every entry point."""
+    return {n: kind for n, kind in DECLARED[entry_point].items() if n not in OPTIONAL.get(entry_point, ())}
 
 
 def test_a_parameter_of_several_entry_points_has_one_default():
@@ -116,15 +116,15 @@ def test_a_parameter_of_several_entry_points_has_one_default():
         assert seen.setdefault(name, default) == default, name
 
 
-def test_evaluate_has_no_rows_by_default():
-    assert {DECLARED["evaluate"][name]["default"] for name in ROWS_OF_EVALUATE} == {""}
+def test_what_an_entry_point_can_do_without_is_empty_by_default():
+    assert {DECLARED[point][name]["default"] for point, names in OPTIONAL.items() for name in names} == {""}
 
 
 def test_every_default_is_written_once():
     text = (PROJECT / "MLproject").read_text()
     written = re.findall(r"^\s*(\w+): \{type: string, default:", text, re.MULTILINE)
     names = {n for point in DECLARED for n, kind in shared(point).items() if "default" in kind}
-    assert sorted(written) == sorted([*names, *ROWS_OF_EVALUATE])
+    assert sorted(written) == sorted([*names, *{name for names in OPTIONAL.values() for name in names}])
 
 
 def test_no_field_of_a_dataclass_has_a_default():

@@ -67,10 +67,9 @@ def test_without_scores_it_says_so():
 
 
 def test_scores_are_a_table_with_intervals_and_the_base_beside():
-    scored = section(
-        model_card.render(DESCRIBED, LORA, name="text2sql", scores=SCORES, evaluated_rows=100), "Scores"
-    )
-    assert scored.startswith("On 100 test rows")
+    named = {"scores": SCORES, "evaluated_rows": 100, "evaluation_run": "ab12"}
+    scored = section(model_card.render(DESCRIBED, LORA, name="text2sql", **named), "Scores")
+    assert scored.startswith("On 100 rows (in run `ab12`, with every prediction), greedy:")
     assert "| execution_accuracy | 2.0% | 61.0% | 51.3% to 70.0% |" in scored
 
 
@@ -82,8 +81,17 @@ def test_a_licence_however_long_leaves_room_for_the_card_on_a_server(text):
     assert len(card) < model_card.MAX_CHARACTERS
 
 
-def test_the_versions_description_is_the_card_of_the_package(chain):
+def test_the_versions_description_is_the_card_of_the_package_with_the_scores_of_its_evaluation(chain):
     version = mlflow.MlflowClient().get_model_version("text2sql", "1")
-    assert load_text("models:/text2sql/1/README.md") == version.description
-    assert version.description.startswith("# text2sql\n")
-    assert "6 of 6 optimizer steps" in version.description
+    packaged = load_text("models:/text2sql/1/README.md")
+    assert packaged.startswith("# text2sql\n")
+    assert "6 of 6 optimizer steps" in packaged
+    before, after = section(packaged, "Scores"), section(version.description, "Scores")
+    assert before == "Not evaluated yet.\n"
+    assert packaged.replace(before, after) == version.description
+    # The newest evaluation: other tests score this version too.
+    evaluated = mlflow.get_run(version.tags["evaluation_run_id"])
+    metrics = evaluated.data.metrics
+    row = [f"{metrics[name]:.1%}" for name in ("base_valid_sql", "valid_sql", "valid_sql_low")]
+    assert f"| valid_sql | {row[0]} | {row[1]} | {row[2]} to {metrics['valid_sql_high']:.1%} |" in after
+    assert f"On {metrics['evaluated_rows']:.0f} rows (in run `{evaluated.info.run_id}`" in after

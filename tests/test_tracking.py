@@ -169,7 +169,7 @@ def test_a_step_that_stopped_itself_after_a_signal_is_killed():
 
 @pytest.mark.usefixtures("store")
 def test_a_run_ends_even_if_its_reason_cannot_be_kept(monkeypatch):
-    monkeypatch.setattr(mlflow, "set_tag", lambda *_: (_ for _ in ()).throw(OSError("store is full")))
+    monkeypatch.setattr(mlflow, "set_tags", lambda *_: (_ for _ in ()).throw(OSError("store is full")))
     with pytest.raises(OSError, match="store is full"):
         run_in_run(ends_with(UserError("no")))
     assert last_run().info.status == "FAILED"

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from steps.text2sql import hub
 from steps.text2sql.errors import UserError
@@ -46,6 +47,13 @@ class BaseModel:
     def is_hub(self) -> bool:
         """Whether it was resolved to a hub model, on which `dataset=auto` depends."""
         return "@" in self.reference and not Path(self.reference).is_absolute()
+
+
+class Held(NamedTuple):
+    """Weights in memory: parameters that are held in 4 bits, and the bytes of all."""
+
+    four_bit: int
+    bytes: int
 
 
 def resolve(base_model: str) -> BaseModel:
@@ -94,10 +102,8 @@ def _directory(folder: Path, reason: str) -> BaseModel:
     return BaseModel(str(folder), "", reason, text, 0)
 
 
-def memory_needed(reference: str, quantization: str) -> int:
-    """Bytes to train on a CPU: the weights as they are held, plus `WORKING_MEMORY_BYTES`.
-
-    The output layer and the embeddings are never quantized; what is not quantized is fp32 on a CPU.
+def skeleton(reference: str) -> PreTrainedModel:
+    """The base on the meta device: every layer's shape, no weights, none of which are fetched.
 
     Raises:
         UserError: the configuration is of no causal language model of transformers.
@@ -105,18 +111,45 @@ def memory_needed(reference: str, quantization: str) -> int:
     try:
         config = AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"base_model={reference}: is no language model that can be loaded: {error}"
         ) from error
+
+
+def held(model: PreTrainedModel, quantization: str, dtype: torch.dtype) -> Held:
+    """How a skeleton's weights would be held: the output layer and the embeddings are never quantized."""
     linear = sum(
         module.weight.numel()
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
     )
     rest = sum(parameter.numel() for parameter in model.parameters()) - linear
-    return int(linear * (NF4_BYTES if quantization == "nf4" else 4) + rest * 4) + WORKING_MEMORY_BYTES
+    four_bit = linear if quantization == "nf4" else 0
+    return Held(four_bit, int(four_bit * NF4_BYTES + (linear - four_bit + rest) * dtype.itemsize))
+
+
+def memory_needed(reference: str, quantization: str) -> int:
+    """Bytes to train on a CPU: the weights as they are held, in fp32 where they are not quantized, plus
+    `WORKING_MEMORY_BYTES`.
+
+    Raises:
+        UserError: as `skeleton`.
+    """
+    return held(skeleton(reference), quantization, torch.float32).bytes + WORKING_MEMORY_BYTES
+
+
+def to_download(reference: str) -> int:
+    """Bytes of weights that a training would fetch: those of a hub model that are not on this machine.
+
+    Raises:
+        UserError: the hub is out of reach.
+    """
+    if "@" not in reference or Path(reference).is_absolute():
+        return 0
+    repository = hub.resolve(reference, parameter="base_model", kind="model", instead=INSTEAD)
+    return hub.missing_bytes(repository, ".safetensors")
 
 
 def check_memory(reference: str, quantization: str, *, processes: int = 1) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -55,6 +55,15 @@ def resolve(value: str, *, parameter: str, kind: Literal["model", "dataset"], in
         if info.gated and files:  # the list of files is public, their contents are not
             hf_hub_download(name, min(files, key=files.get), revision=info.sha, repo_type=kind)
     return HubRepository(name, info.sha, files, str((info.card_data or {}).get("license") or "unknown"))
+
+
+def missing_bytes(repository: HubRepository, suffix: str) -> int:
+    """Bytes of those files that end in `suffix` and are not in this machine's cache."""
+    cached = {
+        name: isinstance(try_to_load_from_cache(repository.name, name, revision=repository.commit), str)
+        for name in repository.files
+    }
+    return sum(size for name, size in repository.files.items() if name.endswith(suffix) and not cached[name])
 
 
 def license_text(repository: HubRepository) -> str:

@@ -22,6 +22,8 @@ WORKSPACE_BYTES = 2**28
 # PyTorch keeps more than the tensors that a backward pass needs: 5.6 MB a token where they are 4.5
 # (Mistral-7B on an H100).
 OVERHEAD = 1.25
+# This process before it loads a base, which counts where the GPU has no memory of its own.
+PROCESS_BYTES = {"cuda": 0, "cpu": int(0.7 * 2**30)}
 # (dequantize, recompute) in the order of speed, by gradient_checkpointing.
 WAYS = {
     "auto": [(True, False), (False, False), (False, True)],
@@ -157,6 +159,25 @@ def make(
         "prepare the data with a smaller max_length, or give gradient_checkpointing=auto, a smaller lora_r "
         "or a smaller base_model."
     )
+
+
+def peak_bytes(
+    plan: Plan,
+    shape: Shape,
+    *,
+    device: str,
+    weights: int,
+    four_bit: int,
+    trainable: int,
+    step_tokens: float,
+) -> int:
+    """What the steps of a training take at their peak, `weights` bytes of the base among it; the arithmetic
+    of `make`."""
+    unpacked = int(four_bit * (shape.item - 0.516)) if plan.dequantize else 0
+    tokens = min(plan.tokens, int(step_tokens))
+    activations = tokens * shape.token_bytes(recompute=plan.recompute)
+    held = weights + unpacked + trainable * TRAINABLE_BYTES
+    return held + activations + WORKSPACE_BYTES + PROCESS_BYTES[device]
 
 
 def _reason(free: int, recompute: bool) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from steps.text2sql import scoring
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 
 FILE = "README.md"
@@ -26,13 +27,15 @@ def render(
     name: str,
     scores: Mapping[str, Score] | None = None,
     evaluated_rows: int = 0,
+    evaluation_run: str = "",
 ) -> str:
     """The card as Markdown, under `MAX_CHARACTERS` long.
 
-    `lora` is what peft wrote as adapter_config.json, `name` the registered model's, `scores` are by metric.
+    `lora` is what peft wrote as adapter_config.json, `name` the registered model's, `scores` are by metric
+    and from `evaluated_rows` rows of the evaluate run `evaluation_run`.
     """
     source = described.of_dataset
-    scored = _scores(scores, evaluated_rows) if scores else "Not evaluated yet."
+    scored = _scores(scores, evaluated_rows, evaluation_run) if scores else "Not evaluated yet."
     sections = {
         "Base": _base(source, described.quantization),
         "Data": _data(source),
@@ -46,6 +49,20 @@ def render(
         "\n\n".join([f"# {name}", intro, *(f"## {title}\n\n{text}" for title, text in sections.items())])
         + "\n"
     )
+
+
+def scores_of(metrics: Mapping[str, float]) -> dict[str, Score]:
+    """Scores by metric, out of the metrics of an evaluation."""
+    return {
+        name: Score(
+            metrics[name],
+            metrics[f"{name}_low"],
+            metrics[f"{name}_high"],
+            metrics[f"{scoring.BASE_PREFIX}{name}"],
+        )
+        for name in scoring.METRICS
+        if name in metrics
+    }
 
 
 LIMITS = """\
@@ -108,13 +125,14 @@ def _recipe(described: AdapterManifest, lora: Mapping[str, Any]) -> str:
     )
 
 
-def _scores(scores: Mapping[str, Score], evaluated_rows: int) -> str:
+def _scores(scores: Mapping[str, Score], evaluated_rows: int, evaluation_run: str) -> str:
     rows = [
         f"| {name} | {score.base:.1%} | {score.tuned:.1%} | {score.low:.1%} to {score.high:.1%} |"
         for name, score in scores.items()
     ]
     head = ["| metric | base | this version | 95 % interval |", "| --- | --- | --- | --- |"]
-    return "\n".join([f"On {evaluated_rows} test rows, greedy:", "", *head, *rows])
+    where = f" (in run `{evaluation_run}`, with every prediction)" if evaluation_run else ""
+    return "\n".join([f"On {evaluated_rows} rows{where}, greedy:", "", *head, *rows])
 
 
 def _list(*lines: str) -> str:

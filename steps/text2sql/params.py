@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import psutil
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from steps.text2sql import launch_config, processes, prompt_template
 from steps.text2sql.errors import UserError
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_NAMES = "JSONL, JSON, CSV or Parquet"
 HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@[A-Za-z0-9_][A-Za-z0-9_./-]*)?"
 MODEL_NAME = r"[A-Za-z0-9_][A-Za-z0-9_. -]*"
+SWEEP_FILE = "text2sql_sweep.db"
 Auto = Literal["auto"]
 Params = TypeVar("Params")
 
@@ -143,6 +145,30 @@ def _model_uri(value: str) -> str:
     return value
 
 
+def _two(value: str) -> list[str]:
+    ends = value.split(",")
+    if len(ends) != 2:
+        raise ValueError("must be two numbers, the lowest and the highest: low,high")
+    return ends
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("must have the lowest first: low,high")
+    return value
+
+
+def _storage(value: str) -> str:
+    if value == "auto":
+        return str(users_folder() / SWEEP_FILE)
+    file = Path(_absolute(value))
+    if not file.parent.is_dir():
+        raise ValueError(f"there is no folder {file.parent}")
+    if file.is_dir():
+        raise ValueError("is a folder; must be a file, which is made where there is none")
+    return str(file)
+
+
 def _launch(value: str) -> str:
     if value == "single":
         return value
@@ -180,11 +206,20 @@ def _steps(value: int) -> int:
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-ArtifactUri = Annotated[str, AfterValidator(_artifact_uri)]
+DatasetUri = Annotated[
+    str, AfterValidator(_artifact_uri), Field(description="`runs:/<prepare_data run>/dataset`")
+]
+ModelUri = Annotated[
+    str,
+    AfterValidator(_model_uri),
+    Field(description="`models:/<name>/<version>` or `models:/<name>@<alias>`"),
+]
 ModelName = Annotated[
     str,
     Field(pattern=f"^{MODEL_NAME}$", max_length=250, description="name in the model registry"),
 ]
+PositiveInt = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1, le=1024)]
 Column = Annotated[str, Field(min_length=1, description="name of the column in the dataset")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of sampling, initialization and row order")]
 
@@ -202,7 +237,7 @@ class PrepareDataParams:
         str,
         AfterValidator(_dataset),
         Field(
-            description="auto, sample, a hub id with optional @revision, or a file or folder of DATA_SUFFIXES"
+            description=f"auto, sample, a hub id with optional @revision, or a file or folder of {DATA_NAMES}"
         ),
     ]
     max_length: Annotated[
@@ -232,7 +267,7 @@ class PrepareDataParams:
     validation_dataset: Annotated[
         str,
         AfterValidator(_optional_data_file),
-        Field(description="a file of DATA_SUFFIXES; empty: validation rows are taken out of train"),
+        Field(description=f"a file of {DATA_NAMES}; empty: validation rows are taken out of train"),
     ]
     prompt_template: Annotated[
         str,
@@ -248,13 +283,13 @@ class PrepareDataParams:
 class TrainParams:
     """Parameters of train; the names are those of transformers.TrainingArguments and peft.LoraConfig."""
 
-    dataset_uri: ArtifactUri
+    dataset_uri: DatasetUri
     max_steps: Annotated[
         int, AfterValidator(_steps), Field(description="optimizer steps; -1: num_train_epochs")
     ]
     batch_size: Annotated[int, Field(ge=1, le=4096, description="rows an optimizer step, over all processes")]
     learning_rate: Annotated[Auto | Positive, Field(description="peak rate; auto: by the size of the base")]
-    lora_r: Annotated[int, Field(ge=1, le=1024, description="rank of the LoRA matrices")]
+    lora_r: Annotated[Rank, Field(description="rank of the LoRA matrices")]
     lora_alpha: Annotated[Positive, Field(description="LoRA scale is lora_alpha / lora_r")]
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before the LoRA matrices")]
     target_modules: Annotated[
@@ -302,6 +337,9 @@ class TrainParams:
     resume_from: Annotated[
         str, Field(pattern=r"^[0-9a-f]*$", description="train run to go on with from its newest checkpoint")
     ]
+    dry_run: Annotated[
+        Literal["no", "yes"], Field(description="yes: print what the training would take, and stop there")
+    ]
     project_backend: Annotated[
         str,
         AfterValidator(_project_backend),
@@ -318,8 +356,12 @@ class TrainParams:
 class RegisterParams:
     """Parameters of register."""
 
-    adapter_uri: ArtifactUri
-    dataset_uri: ArtifactUri
+    adapter_uri: Annotated[
+        str,
+        AfterValidator(_artifact_uri),
+        Field(description="`runs:/<train run>/adapter`, or a checkpoint of it"),
+    ]
+    dataset_uri: DatasetUri
     registered_model_name: ModelName
 
 
@@ -327,7 +369,7 @@ class RegisterParams:
 class EvaluateParams:
     """Parameters of evaluate; exactly one of `dataset_uri` and `dataset` is given."""
 
-    model_uri: Annotated[str, AfterValidator(_model_uri)]
+    model_uri: ModelUri
     dataset_uri: Annotated[
         str,
         AfterValidator(lambda value: value and _artifact_uri(value)),
@@ -336,7 +378,7 @@ class EvaluateParams:
     dataset: Annotated[
         str,
         AfterValidator(lambda value: value and _rows(value)),
-        Field(description="rows to score: sample, a hub id with optional @revision, a file of DATA_SUFFIXES"),
+        Field(description=f"rows to score: sample, a hub id with optional @revision, a file of {DATA_NAMES}"),
     ]
     eval_rows: Annotated[int, Field(ge=1, description="rows to score, the same ones for every seed")]
     eval_batch_size: Annotated[
@@ -379,7 +421,7 @@ class PromoteParams:
 class ExportParams:
     """Parameters of export."""
 
-    model_uri: Annotated[str, AfterValidator(_model_uri)]
+    model_uri: ModelUri
     output: Annotated[
         str, AfterValidator(_new_folder), Field(description="absolute folder to make, for the merged model")
     ]
@@ -396,6 +438,44 @@ class ExportParams:
     min_same_sql: Annotated[
         float, Field(ge=0, le=1, description="share of them that must get the same SQL from both")
     ]
+
+
+@dataclass(frozen=True)
+class SweepParams:
+    """Parameters of sweep, which takes those of prepare_data and train too, and hands them on."""
+
+    trials: Annotated[int, Field(ge=1, le=1000, description="trainings in all, also those of earlier sweeps")]
+    learning_rate_range: Annotated[
+        tuple[Positive, Positive],
+        BeforeValidator(_two),
+        AfterValidator(_ordered),
+        Field(description="lowest and highest learning_rate, searched on a logarithmic scale"),
+    ]
+    lora_r_range: Annotated[
+        tuple[Rank, Rank],
+        BeforeValidator(_two),
+        AfterValidator(_ordered),
+        Field(description="lowest and highest lora_r; powers of two and the ends are tried"),
+    ]
+    max_steps_range: Annotated[
+        tuple[PositiveInt, PositiveInt],
+        BeforeValidator(_two),
+        AfterValidator(_ordered),
+        Field(description="lowest and highest max_steps, searched on a logarithmic scale"),
+    ]
+    storage: Annotated[
+        str,
+        AfterValidator(_storage),
+        Field(
+            description=f"SQLite file that keeps the search; auto: {SWEEP_FILE} where mlflow run was typed"
+        ),
+    ]
+    dataset_uri: Annotated[
+        str,
+        AfterValidator(lambda value: value and _artifact_uri(value)),
+        Field(description="a dataset of prepare_data; empty: prepared first, once for all trials"),
+    ]
+    seed: Seed
 
 
 @dataclass(frozen=True)
@@ -420,9 +500,20 @@ CHAIN: dict[str, type] = {
     "promote": PromoteParams,
 }
 # All steps with a command of their own; those beside the chain are never started by main.
-STEPS: dict[str, type] = CHAIN | {"export": ExportParams}
+STEPS: dict[str, type] = CHAIN | {"export": ExportParams, "sweep": SweepParams}
 # What one step finds out for the next: main sets these, a user of main cannot.
 SET_BY_MAIN = frozenset({"dataset_uri", "adapter_uri", "model_uri", "version", "evaluation_run_id"})
+# What a sweep finds out or searches, by what to say of it to a user who gives it.
+SET_BY_SWEEP = {
+    "learning_rate": "sweep searches it; give learning_rate_range",
+    "lora_r": "sweep searches it; give lora_r_range",
+    "max_steps": "sweep searches it; give max_steps_range",
+    "num_train_epochs": "sweep counts steps; give max_steps_range",
+    "resume_from": "sweep goes on with its unfinished trainings itself",
+    "dry_run": "sweep has none; give it to main",
+    "project_backend": "sweep trains here, where it can stop a training early",
+    "backend_config": "sweep trains here, where it can stop a training early",
+}
 # What a step takes only where a user runs it alone, though main has a parameter of that name.
 NOT_FROM_MAIN = {"evaluate": frozenset({"dataset"})}
 
@@ -448,28 +539,60 @@ def parse(params_class: type[Params], argv: Sequence[str]) -> Params:
     return params_class(**values)
 
 
+class SweepCall(NamedTuple):
+    """Checked parameters of sweep: as `MainParams`."""
+
+    given: dict[str, str]
+    own: SweepParams
+    steps: dict[str, dict[str, str]]
+
+
 def parse_main(argv: Sequence[str]) -> MainParams:
     """Check main's own parameters and those of all steps, before the first of them starts.
 
     Raises:
         UserError: naming every unknown or wrong parameter at once.
     """
+    refused = dict.fromkeys(SET_BY_MAIN, "main finds this out itself")
+    return MainParams(*_with_handed_on(argv, OwnMainParams, list(CHAIN), refused))
+
+
+def parse_sweep(argv: Sequence[str]) -> SweepCall:
+    """Check sweep's own parameters and those of the steps that it starts.
+
+    Raises:
+        UserError: naming every unknown or wrong parameter at once; or a prepared dataset and values that it
+            would have to be prepared with.
+    """
+    call = SweepCall(*_with_handed_on(argv, SweepParams, ["prepare_data", "train"], SET_BY_SWEEP))
+    others = sorted(call.steps["prepare_data"].keys() - get_type_hints(SweepParams).keys())
+    if call.own.dataset_uri and others:
+        raise UserError(
+            f"dataset_uri={call.own.dataset_uri}: is prepared already, so {', '.join(others)} would change "
+            "nothing; leave them out, or leave dataset_uri out."
+        )
+    return call
+
+
+def _with_handed_on(
+    argv: Sequence[str], own_class: type[Params], steps: list[str], refused: Mapping[str, str]
+) -> tuple[dict[str, str], Params, dict[str, dict[str, str]]]:
+    """All as given, an entry point's own parameters, and what it hands on, by step.
+
+    `refused` are names that no user may give here, and why.
+    """
     given = _pairs(argv)
-    by_step = {step: _taken_from_main(step) for step in CHAIN}
-    own = get_type_hints(OwnMainParams, include_extras=True)
-    types = own | {
-        name: hint for hints in by_step.values() for name, hint in hints.items() if name not in SET_BY_MAIN
-    }
-    problems = [f"{name}: main finds this out itself" for name in SET_BY_MAIN & given.keys()]
+    by_step = {step: _taken_from_main(step) for step in steps}
+    own = get_type_hints(own_class, include_extras=True)
+    handed_on = {name: hint for hints in by_step.values() for name, hint in hints.items()}
+    types = {name: hint for name, hint in (handed_on | own).items() if name not in refused}
+    problems = [f"{name}: {refused[name]}" for name in refused.keys() & given.keys()]
     problems += [f"{name}: missing" for name in own if name not in given]
-    others = {name: value for name, value in given.items() if name not in SET_BY_MAIN}
+    others = {name: value for name, value in given.items() if name not in refused}
     values = _checked(others, types, [*_unknown(others, types), *problems])
-    own_params = OwnMainParams(**{name: values[name] for name in own})
-    return MainParams(
-        given,
-        own_params,
-        {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()},
-    )
+    own_params = own_class(**{name: values[name] for name in own})
+    found = {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
+    return given, own_params, found
 
 
 def _taken_from_main(step: str) -> dict[str, Any]:

@@ -30,6 +30,15 @@ def is_mlflow_run(process: psutil.Process) -> bool:
     return False
 
 
+def users_command() -> list[str]:
+    """Words of the nearest `mlflow run` above this process, as the user typed them; none without one."""
+    for process in psutil.Process().parents():
+        if is_mlflow_run(process):
+            with suppress(psutil.Error):
+                return process.cmdline()
+    return []
+
+
 def launchers() -> list[psutil.Process]:
     """The processes above this one up to the topmost `mlflow run`; none where there is no such command."""
     above = psutil.Process().parents()
@@ -126,14 +135,19 @@ class Stopper:
             if number == signal.SIGINT:
                 self._kill.set()
             return
-        self.stopped_by = signal.Signals(number).name
-        self._thread = threading.Thread(target=self._end_all)
-        self._thread.start()
+        self.stop(signal.Signals(number).name)
         if self.announce:
             print(
                 f"\n{self.stopped_by}: stopping the running step; Ctrl-C once more ends it at once.",
                 flush=True,
             )
+
+    def stop(self, reason: str) -> None:
+        """Do, for another reason, what a signal would."""
+        if not self._thread:
+            self.stopped_by = reason
+            self._thread = threading.Thread(target=self._end_all)
+            self._thread.start()
 
     def _end_all(self) -> None:
         end = time.monotonic() + self.grace_seconds

@@ -23,6 +23,7 @@ NO_RECIPE = frozenset(
         "launch",
         "project_backend",
         "backend_config",
+        "dry_run",
     }
 )
 

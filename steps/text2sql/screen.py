@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 from steps.text2sql import scoring, tracking
 
@@ -36,6 +37,61 @@ def to_go_on(step: str, values: Mapping[str, str]) -> str:
     return f"To go on:\n  {step_command(step, values)}"
 
 
+def estimates(
+    *, rows: int, rows_to_train_on: int, peak_bytes: int, download_bytes: int, seconds: float
+) -> dict[str, str]:
+    """What a training would take, in words by name."""
+    return {
+        "rows": f"{rows_to_train_on} in all, out of {rows} ({rows_to_train_on / rows:.2g} epochs)",
+        "peak_memory": f"about {peak_bytes / 2**30:.1f} GiB",
+        "download": f"{download_bytes / 2**30:.1f} GiB of weights" if download_bytes else "none",
+        "time": f"about {duration(seconds)} of training at the speed that this device shows now",
+    }
+
+
+def duration(seconds: float) -> str:
+    """A time to the two digits that an estimate is worth."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plan(*, prepared_uri: str, chosen: Mapping[str, str], given: Mapping[str, str]) -> str:
+    """How a dry run ends: what the training would take, and the command that does it."""
+    told = ("memory", "rows", "steps", "peak_memory", "download", "time")
+    words = {name: value for name, value in given.items() if name != "dry_run"}
+    lines = [
+        "",
+        "Dry run: the data are prepared, nothing is trained.",
+        "",
+        *(f"  {name:<12}{chosen[name]}" for name in told),
+        "",
+        f"  dataset     {prepared_uri}, which the real run takes as it is",
+        f"  train       {step_command('main', words)}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def best_trial(trials: Sequence[Mapping[str, Any]], best: int, command: str) -> str:
+    """How a sweep ends, as Markdown: every trial, and the command that goes on with the best."""
+    names = list(trials[0])
+    rows = [f"| {' | '.join(_cell(one[name]) for name in names)} |" for one in trials]
+    head = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+    return "\n".join(
+        ["", *head, *rows, "", f"Best is trial {best}. A model of it:", "", f"    {command}", ""]
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def standing(aliases: Sequence[str], gate: str) -> str:
+    """Whether a version with these aliases is champion, and why."""
+    return f"is {'' if tracking.CHAMPION in aliases else 'not '}champion: {gate}"
+
+
 def closing(
     *,
     chosen: Mapping[str, str],
@@ -47,7 +103,6 @@ def closing(
 ) -> str:
     """What was chosen and why, scores of base and tuned model, and three commands to go on."""
     alias = tracking.CHAMPION if tracking.CHAMPION in aliases else tracking.CHALLENGER
-    champion = f"is {'' if alias == tracking.CHAMPION else 'not '}champion: {gate}"
     uri = shlex.quote(f"models:/{name}@{alias}")
     manager = tracking.env_manager()
     store, page = tracking.run_page()
@@ -55,7 +110,7 @@ def closing(
     look = page if store.startswith("http") else f"{ui}, then {page}"
     lines = [
         "",
-        f"{name} version {version} {champion}",
+        f"{name} version {version} {standing(aliases, gate)}",
         "",
         *(f"  {what:<12}{text}" for what, text in chosen.items()),
         "",

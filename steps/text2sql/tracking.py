@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import mlflow
 from mlflow.entities import Metric, Run, RunStatus
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+from mlflow.environment_variables import (
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING,
+)
 from mlflow.exceptions import ExecutionException, MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import (
@@ -29,6 +33,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_PROJECT_BACKEND,
     MLFLOW_PROJECT_ENTRY_POINT,
     MLFLOW_PROJECT_ENV,
+    MLFLOW_RUN_NOTE,
     MLFLOW_SOURCE_NAME,
 )
 
@@ -49,12 +54,16 @@ SLICES = "slices.json"
 SLICES_PICTURE = "slices.png"
 COMPARISON = "comparison.json"
 MODEL = "model"
+TRIALS = "trials.json"
+EVAL_LOSS = "eval_loss"
 TRAINING_ROWS = "training_rows"
 
 REGISTER_TRIES = 10
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 
+TAG_BASE_MODEL = "base_model"
+TAG_DATASET = "dataset"
 TAG_FAILURE = "failure_reason"
 TAG_STOPPED_BY = "stopped_by"
 TAG_FINGERPRINT = "fingerprint"
@@ -75,6 +84,7 @@ GATE = "gate_"
 # Before the number of a record, as tags of a registered model.
 PROMOTION = "promotion/"
 TAG_EXPORTED_TO = "exported_to"
+TAG_DRY_RUN = "dry_run"
 CHOSEN = "chosen"
 LOST = "its process ended without a word: it was killed, or the machine went down"
 # Where the project came from, as MLflow notes it.
@@ -116,11 +126,22 @@ def run_step(
     A `UserError`, or another of `user_errors`, is printed as its message alone. Whatever ends the step, the
     run ends too: FINISHED, FAILED with the reason as a tag, or KILLED.
     """
-    run_in_run(lambda: step(parse(params_class, sys.argv[1:])), user_errors=user_errors)
+
+    def body() -> None:
+        step(parse(params_class, sys.argv[1:]))
+        describe_step()
+
+    run_in_run(body, user_errors=user_errors, measure=True)
 
 
-def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], ...] = ()) -> None:
-    """See `run_step`; for a body that reads its parameters itself."""
+def run_in_run(
+    body: Callable[[], None], *, user_errors: tuple[type[Exception], ...] = (), measure: bool = False
+) -> None:
+    """See `run_step`; for a body that reads its parameters itself.
+
+    `measure` logs how busy CPU, memory, disk and GPUs are, unless the user's
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says otherwise.
+    """
     logging.basicConfig(level=logging.INFO if ranks.is_first() else logging.ERROR, format="%(message)s")
     _quiet()
     processes.stop_with_launchers()
@@ -129,7 +150,10 @@ def run_in_run(body: Callable[[], None], *, user_errors: tuple[type[Exception], 
         return
     with processes.on_signals(processes.raise_interrupt):
         check_store()
-        with liveness.announced(mlflow.start_run().info.run_id):
+        run = mlflow.start_run(
+            log_system_metrics=None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else measure
+        )
+        with liveness.announced(run.info.run_id):
             _run(body, (UserError, *user_errors))
 
 
@@ -158,6 +182,7 @@ def begin() -> None:
     """
     if FINGERPRINT_VARIABLE in os.environ:
         mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
+    name_run(_tags().get(MLFLOW_PROJECT_ENTRY_POINT, ""))
     parent = _tags().get(MLFLOW_PARENT_RUN_ID)
     if not parent:
         end_lost_runs()
@@ -259,9 +284,90 @@ def _is_lost(run: Run) -> bool:
     return own == "unknown" and main == "gone" and is_here
 
 
+def newest_child(parent: str, step: str) -> str:
+    """Id of the run `step` that a run started last, from any thread; empty if there is none."""
+    client = mlflow.MlflowClient()
+    found = client.search_runs(
+        [client.get_run(parent).info.experiment_id],
+        f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.`{MLFLOW_PROJECT_ENTRY_POINT}` = '{step}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return found[0].info.run_id if found else ""
+
+
+def curve(run: str, metric: str) -> list[float]:
+    """All values of a metric that a run has logged so far, by step, from any thread."""
+    history = mlflow.MlflowClient().get_metric_history(run, metric)
+    return [point.value for point in sorted(history, key=lambda point: point.step)]
+
+
+def rename(run: str, name: str) -> None:
+    """Give a run another name, from any thread."""
+    mlflow.MlflowClient().update_run(run, name=name)
+
+
+def name_run(name: str) -> None:
+    """Name this run in the place of MLflow's random words; a name that the user or main gave it stays."""
+    if name and not is_chained() and "--run-name" not in processes.users_command():
+        rename(run_id(), name)
+
+
+def describe(text: str) -> None:
+    """Set what the run's page shows as its description, Markdown."""
+    mlflow.set_tag(MLFLOW_RUN_NOTE, text)
+
+
+@of_first_process
+def describe_step() -> None:
+    """Describe a step by the model version that it is about, the run that started it, and what it chose.
+
+    Links come first: the page shows five lines before "Show more".
+    """
+    run = mlflow.get_run(run_id())
+    tags, lines = run.data.tags, []
+    if TAG_MODEL_VERSION in tags:
+        lines.append(f"* model: {version_link(tags[TAG_MODEL_NAME], tags[TAG_MODEL_VERSION])}")
+    if MLFLOW_PARENT_RUN_ID in tags:
+        lines.append(f"* started by {run_link(mlflow.get_run(tags[MLFLOW_PARENT_RUN_ID]))}")
+    lines += [f"* {name}: {text}" for name, text in sorted(choices(run).items())]
+    if lines:
+        describe("\n".join(lines))
+
+
+def describe_steps(headline: str, runs: Mapping[str, Run]) -> None:
+    """Describe main's run by what came of it, and by links to its steps with their times."""
+    steps = [
+        f"{run_link(run, step)} ({(run.info.end_time - run.info.start_time) / 1000:.0f} s)"
+        for step, run in runs.items()
+    ]
+    describe(f"{headline}\n\n{' → '.join(steps)}")
+
+
+def run_link(run: Run, text: str = "") -> str:
+    """Markdown link to a run's page, from any page of MLflow's user interface."""
+    return f"[{text or run.info.run_name}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})"
+
+
+def version_link(name: str, version: str) -> str:
+    """Markdown link to a model version's page."""
+    return f"[{name} version {version}](#/models/{quote(name, safe='')}/versions/{version})"
+
+
+@of_first_process
+def tag_data(*, base_model: str, dataset: str) -> None:
+    """Let this run be found by its base model and its dataset."""
+    mlflow.set_tags({TAG_BASE_MODEL: base_model, TAG_DATASET: dataset})
+
+
+def tag_dry_run() -> None:
+    """Let this run be told from those that did something."""
+    mlflow.set_tag(TAG_DRY_RUN, "yes")
+
+
 def _end(status: str, tag: str, reason: str) -> None:
     try:
-        mlflow.set_tag(tag, reason[:5000])
+        mlflow.set_tags({tag: reason[:5000], MLFLOW_RUN_NOTE: f"{status}: {reason[:5000]}"})
     finally:
         mlflow.end_run(status)
 
@@ -272,16 +378,10 @@ def end_child(step: str, *, stopped_by: str = "") -> str:
     MLflow wrote FAILED, whatever the step itself had written; with `stopped_by` it becomes KILLED. The reason
     of the child's failure comes back.
     """
-    client = mlflow.MlflowClient()
-    found = client.search_runs(
-        [mlflow.active_run().info.experiment_id],
-        f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id()}' and tags.`{MLFLOW_PROJECT_ENTRY_POINT}` = '{step}'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
+    client, found = mlflow.MlflowClient(), newest_child(run_id(), step)
     if not found:  # it was stopped before its run was made
         return ""
-    [child] = found
+    child = client.get_run(found)
     if stopped_by:
         client.set_tag(child.info.run_id, TAG_STOPPED_BY, stopped_by)
         client.set_terminated(child.info.run_id, "KILLED")
@@ -310,6 +410,7 @@ def _quiet() -> None:
         "httpx",
         "alembic",
         "mlflow.projects",
+        "mlflow.system_metrics",
         "bitsandbytes.backends.cpu.ops",
         "mlflow.store.db.utils",
         "matplotlib",
@@ -413,6 +514,18 @@ def digest_of(uri: str) -> str:
     if uri.startswith("models:/"):
         return f"{uri} {model_version(*uri.removeprefix('models:/').split('/')).source}"
     return hashlib.sha256(_manifest_of(uri)).hexdigest()
+
+
+def read_manifest(uri: str) -> dict[str, Any]:
+    """The manifest of a logged folder, unchecked.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return json.loads(_manifest_of(uri))
+    except (MlflowException, OSError, ValueError) as error:
+        raise UserError(f"{uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
 
 
 def _manifest_of(uri: str) -> bytes:

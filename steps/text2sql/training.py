@@ -24,8 +24,9 @@ EVALUATION_ROWS = 64
 # Compiling takes this long (32 layers of Mistral-7B on an H100, cold) and then saves a third of the time.
 COMPILE_SECONDS = 65
 COMPILE_SAVES = 1 / 3
-# Share of the device's product rate that a training reaches without being compiled.
-USUAL_SHARE_OF_PEAK = 0.35
+# Share of the device's product rate that a training reaches without being compiled: Mistral-7B on an H100,
+# and the embedded base on two cores (0.3 to 0.6, which other programs shared).
+USUAL_SHARE_OF_PEAK = {"cuda": 0.35, "cpu": 0.5}
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -59,8 +60,26 @@ def resolve_auto(
 
 def compiling_pays(*, tokens: float, frozen_parameters: int, operations_per_second: float) -> bool:
     """`auto` of torch_compile: whether so many tokens take long enough to win the time of compiling back."""
-    seconds = tokens * operations_per_token(frozen_parameters) / (USUAL_SHARE_OF_PEAK * operations_per_second)
+    seconds = training_seconds(
+        tokens=tokens,
+        frozen_parameters=frozen_parameters,
+        operations_per_second=operations_per_second,
+        device="cuda",
+    )
     return seconds * COMPILE_SAVES > COMPILE_SECONDS
+
+
+def training_seconds(
+    *,
+    tokens: float,
+    frozen_parameters: int,
+    operations_per_second: float,
+    device: str,
+    recompute: bool = False,
+) -> float:
+    """About how long so many tokens take, not compiled; recomputing is one more forward pass."""
+    operations = tokens * operations_per_token(frozen_parameters) * (1.5 if recompute else 1)
+    return operations / (USUAL_SHARE_OF_PEAK[device] * operations_per_second)
 
 
 def operations_per_token(frozen_parameters: int) -> int:

@@ -1,0 +1,126 @@
+"""Search learning rate, rank and number of steps over trainings on the same data, by validation loss."""
+
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import mlflow
+import pandas
+
+from steps.main import run_step
+from steps.text2sql import mlproject, reuse, screen, tracking
+from steps.text2sql.errors import UserError
+from steps.text2sql.params import MainParams, OwnMainParams, SweepCall, parse_sweep
+from steps.text2sql.run_folder import run_folder
+from steps.text2sql.search import Search, ShouldStop, Space
+from steps.text2sql.watcher import Watcher
+
+# As the defaults of train: lora_alpha / lora_r, the scale of the adapter, is the same for every rank.
+ALPHA_TO_RANK = 2
+
+
+def main(call: SweepCall) -> None:
+    """Prepare the data once, try values on them, and show the best."""
+    try:
+        dataset_uri = call.own.dataset_uri or prepare(call)
+        check_validation(dataset_uri)
+        search = open_search(call, dataset_uri)
+        search.run(call.own.trials, partial(train, call, dataset_uri))
+    except (KeyboardInterrupt, tracking.Interrupted) as error:
+        raise tracking.Interrupted(str(error), screen.to_go_on("sweep", call.given)) from error
+    finish(call, search, dataset_uri)
+
+
+def as_main(call: SweepCall) -> MainParams:
+    """What main would be called with to start the same steps."""
+    return MainParams(call.given, OwnMainParams(promotion="never", resume="auto", reuse="auto"), call.steps)
+
+
+def prepare(call: SweepCall) -> str:
+    """URI of the dataset that all trials share."""
+    prepared = run_step("prepare_data", as_main(call), title="data")
+    return f"runs:/{prepared.info.run_id}/{tracking.DATASET}"
+
+
+def check_validation(dataset_uri: str) -> None:
+    """Refuse a dataset by which no trial could be measured."""
+    if not tracking.read_manifest(dataset_uri).get("counts", {}).get("rows_validation"):
+        raise UserError(
+            f"dataset_uri={dataset_uri}: has no validation rows, by whose loss trials are compared; give "
+            "validation_dataset, or more rows."
+        )
+
+
+def open_search(call: SweepCall, dataset_uri: str) -> Search:
+    """The search for these data, limits and fixed values, also where an earlier sweep left it."""
+    own = call.own
+    space = Space(own.learning_rate_range, own.lora_r_range, own.max_steps_range)
+    fixed = reuse.fingerprint(
+        "train",
+        call.steps["train"] | {"dataset_uri": dataset_uri},
+        upstream={"dataset_uri": tracking.digest_of(dataset_uri)},
+        device=reuse.device_kind(),
+        code=reuse.code_digest(),
+    )
+    search = Search(Path(own.storage), f"{fixed[:16]} {space}", space, seed=own.seed)
+    if search.done():
+        print(f"\nGoes on after {len(search.done())} trials that {own.storage} keeps.", flush=True)
+    return search
+
+
+def train(
+    call: SweepCall, dataset_uri: str, number: int, values: dict[str, str], should_stop: ShouldStop
+) -> float | None:
+    """Train with these values as a child of this run; the last validation's loss, or None if stopped."""
+    title, told = f"trial {number} of {call.own.trials}", recipe(call, values)
+    print(f"\n{title}: {', '.join(f'{name} {value}' for name, value in told.items())}", flush=True)
+    watcher = Watcher(tracking.run_id(), should_stop, name=f"trial {number}")
+    try:
+        run = run_step(
+            "train", as_main(call), title=title, watch=watcher.watching, dataset_uri=dataset_uri, **told
+        )
+    except tracking.Interrupted:
+        if not watcher.has_stopped:
+            raise
+        shutil.rmtree(run_folder(watcher.child), ignore_errors=True)  # its checkpoint
+        print(f"  stopped early: {tracking.EVAL_LOSS} was above the median of the others", flush=True)
+        return None
+    loss = run.data.metrics[tracking.EVAL_LOSS]
+    mlflow.log_metric(tracking.EVAL_LOSS, loss, step=number)
+    print(f"  {tracking.EVAL_LOSS} {loss:.4f}", flush=True)
+    return loss
+
+
+def recipe(call: SweepCall, values: dict[str, str]) -> dict[str, str]:
+    """A trial's values with the alpha of its rank, unless the user has fixed that."""
+    if "lora_alpha" in call.given:
+        return values
+    return values | {"lora_alpha": str(ALPHA_TO_RANK * int(values["lora_r"]))}
+
+
+def finish(call: SweepCall, search: Search, dataset_uri: str) -> None:
+    """Log all trials and the best of them, and show the command that makes a model of it."""
+    trials, best = search.table(), search.best()
+    values = recipe(call, best.values)
+    mlflow.log_table(pandas.DataFrame(trials), tracking.TRIALS)
+    mlflow.log_metric(f"best_{tracking.EVAL_LOSS}", best.loss)
+    mlflow.log_params({f"best/{name}": value for name, value in values.items()})
+    step, next_values = next_command(call, values, dataset_uri)
+    text = screen.best_trial(trials, best.number, screen.step_command(step, next_values))
+    tracking.describe(text)
+    print(text, flush=True)
+
+
+def next_command(call: SweepCall, values: dict[str, str], dataset_uri: str) -> tuple[str, dict[str, str]]:
+    """What makes a model of the best: main, which takes the trial's run as it is, or, where the user had
+    prepared the data, the step train."""
+    handed_on = {name: value for step in call.steps.values() for name, value in step.items()}
+    if call.own.dataset_uri:
+        return "train", mlproject.without_defaults("train", handed_on | values | {"dataset_uri": dataset_uri})
+    handed_on.pop("dataset_uri", None)
+    return "main", mlproject.without_defaults("main", handed_on | values)
+
+
+if __name__ == "__main__":
+    tracking.run_in_run(lambda: main(parse_sweep(sys.argv[1:])))

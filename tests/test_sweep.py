@@ -1,0 +1,205 @@
+"""The step sweep: what it hands on, how it stops a training, and the command of the best."""
+
+import json
+import shlex
+import threading
+import time
+
+import mlflow
+import optuna
+import pytest
+
+from steps import sweep
+from steps.text2sql import reuse, tracking
+from steps.text2sql.errors import UserError
+from steps.text2sql.params import parse_main, parse_sweep
+from steps.text2sql.processes import Stopper
+from steps.text2sql.watcher import Watcher
+from tests.conftest import QUICK, defaults, words
+
+FIXED = {name: value for name, value in QUICK.items() if name not in ("max_steps", "lora_r", "lora_alpha")}
+LIMITS = {"learning_rate_range": "1e-4,1e-3", "lora_r_range": "2,4", "max_steps_range": "2,3"}
+
+
+def call(tmp_path, **values):
+    """Parameters of a sweep whose file is in this test's folder."""
+    return parse_sweep(words(defaults("sweep") | {"storage": tmp_path / "sweep.db"} | values))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", "1e-3", "learning_rate: sweep searches it; give learning_rate_range"),
+        ("learning_rate_range", "1e-3", "must be two numbers"),
+        ("learning_rate_range", "1e-3,1e-4", "must have the lowest first"),
+        ("learning_rate_range", "0,1e-4", "greater than 0"),
+        ("max_steps_range", "5,x", "valid integer"),
+        ("lora_r_range", "8,4096", "less than or equal to 1024"),
+        ("trials", "0", "greater than or equal to 1"),
+        ("trial", "3", "did you mean trials?"),
+        ("storage", "sweep.db", "give the absolute form"),
+        ("storage", "/no/such/folder/sweep.db", "there is no folder /no/such/folder"),
+        ("registered_model_name", "x", "no such parameter"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_the_way_out(tmp_path, name, value, message):
+    with pytest.raises(UserError, match=name) as caught:
+        call(tmp_path, **{name: value})
+    assert message in str(caught.value)
+
+
+def test_values_that_prepared_data_cannot_follow_any_more_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is prepared already, so max_length would change nothing"):
+        call(tmp_path, dataset_uri="runs:/a/dataset", max_length=100)
+
+
+def test_the_search_is_kept_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_sweep(words(defaults("sweep"))).own.storage.endswith("/text2sql_sweep.db")
+
+
+@pytest.fixture
+def swept(chain, tmp_path, monkeypatch):
+    """Runs a sweep whose trainings log a loss and train nothing; its run and what each was told."""
+    told = []
+
+    def run_step(step, params, *, title, watch=None, **found):
+        told.append(params.steps[step] | found)
+        with mlflow.start_run(nested=True, run_name=step) as run:
+            mlflow.log_metric("eval_loss", float(found["learning_rate"]) * 1000)
+        return mlflow.get_run(run.info.run_id)
+
+    def run(**values):
+        values = {"trials": 3, "dataset_uri": chain.dataset_uri} | LIMITS | FIXED | values
+        with mlflow.start_run():
+            sweep.main(call(tmp_path, **values))
+        return mlflow.get_run(mlflow.last_active_run().info.run_id), told
+
+    monkeypatch.setattr(sweep, "run_step", run_step)
+    return run
+
+
+def test_every_trial_gets_the_same_data_and_fixed_values(swept, chain):
+    _, told = swept()
+    assert len(told) == 3
+    for values in told:
+        assert values["dataset_uri"] == chain.dataset_uri
+        assert values["batch_size"] == str(FIXED["batch_size"])
+        assert int(values["lora_alpha"]) == 2 * int(values["lora_r"])
+
+
+def test_an_alpha_that_the_user_gives_is_every_trials(swept):
+    _, told = swept(lora_alpha=5)
+    assert {values["lora_alpha"] for values in told} == {"5"}
+
+
+def test_it_logs_all_trials_and_shows_the_command_of_the_best(swept, capsys):
+    run, told = swept()
+    best = min(told, key=lambda values: float(values["learning_rate"]))
+    assert run.data.params["best/learning_rate"] == best["learning_rate"]
+    assert run.data.metrics["best_eval_loss"] == float(best["learning_rate"]) * 1000
+    table = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/trials.json"))
+    assert len(table["data"]) == 3
+    printed = capsys.readouterr().out
+    assert run.data.tags["mlflow.note.content"] in printed
+    [command] = [shlex.split(line) for line in printed.splitlines() if "mlflow run" in line]
+    assert command[:2] == ["mlflow", "run"]
+    for name in ("learning_rate", "lora_r", "max_steps", "lora_alpha", "dataset_uri"):
+        assert f"{name}={best[name]}" in command
+
+
+def test_a_sweep_typed_again_goes_on(swept, capsys):
+    swept(trials=2)
+    _, told = swept(trials=3)
+    assert len(told) == 3
+    assert "Goes on after 2 trials" in capsys.readouterr().out
+
+
+def test_other_data_or_fixed_values_are_another_search(swept):
+    swept(trials=2)
+    _, told = swept(trials=2, weight_decay=0.5)
+    assert len(told) == 4
+
+
+def test_the_command_of_the_best_makes_main_take_its_training_as_it_is(tmp_path):
+    given = {"base_model": "smollm2-135m", "dataset": "sample"} | FIXED
+    found = call(tmp_path, **given)
+    values = {"learning_rate": "0.00123", "lora_r": "4", "max_steps": "3"}
+    step, typed = sweep.next_command(found, sweep.recipe(found, values), "runs:/a/dataset")
+    assert step == "main"
+    of_main = parse_main(words(defaults("main") | typed)).steps
+    named = {"upstream": {}, "device": "cpu", "code": "c"}
+    trial = found.steps["train"] | sweep.recipe(found, values) | {"dataset_uri": "runs:/a/dataset"}
+    assert reuse.fingerprint("train", trial, **named) == reuse.fingerprint(
+        "train", of_main["train"] | {"dataset_uri": "runs:/a/dataset"}, **named
+    )
+    assert reuse.fingerprint("prepare_data", found.steps["prepare_data"], **named) == reuse.fingerprint(
+        "prepare_data", of_main["prepare_data"], **named
+    )
+
+
+@pytest.mark.slow
+def test_trainings_are_processes_of_their_own_and_a_bad_one_is_stopped(chain, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda trial: trial.number == 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Long enough that the second training is still going on when its first validation is seen.
+    values = LIMITS | {"batch_size": 1, "max_steps_range": "900,900", "logging_steps": 300, "trials": 2}
+    with mlflow.start_run() as run:
+        sweep.main(call(tmp_path, dataset_uri=chain.dataset_uri, **values))
+    children = mlflow.search_runs(
+        filter_string=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'",
+        order_by=["attributes.start_time"],
+        output_format="list",
+    )
+    assert [one.info.run_name for one in children] == ["trial 1", "trial 2"]
+    assert [one.info.status for one in children] == ["FINISHED", "KILLED"]
+    finished, stopped = children
+    assert len(tracking.curve(finished.info.run_id, "eval_loss")) == 3
+    assert stopped.data.tags["stopped_by"] == "stopped early"
+    assert len(tracking.curve(stopped.info.run_id, "eval_loss")) in (1, 2)
+    assert list((tmp_path / "cache" / "text2sql-qlora" / "runs").iterdir()) == []
+    printed = capfd.readouterr().out
+    assert "| 2 | " in printed
+    assert "Best is trial 1." in printed
+
+
+class Stopped(Stopper):
+    """Notes why it was asked to stop."""
+
+    def stop(self, reason):
+        self.stopped_by = reason
+
+
+def child_of(parent, start_time):
+    """A train run that a run has started."""
+    tags = {"mlflow.parentRunId": parent, "mlflow.project.entryPoint": "train"}
+    return mlflow.MlflowClient().create_run("0", start_time=start_time, tags=tags).info.run_id
+
+
+def wait_until(holds):
+    """Wait until something holds, at most 30 seconds."""
+    end = time.monotonic() + 30
+    while not holds() and time.monotonic() < end:
+        threading.Event().wait(0.05)
+    assert holds()
+
+
+def test_the_watcher_asks_once_for_each_validation_and_stops_a_bad_training(store):
+    parent = mlflow.MlflowClient().create_run("0").info.run_id
+    child_of(parent, 1)  # of the trial before
+    asked, stopper = [], Stopped()
+    watcher = Watcher(parent, lambda *point: asked.append(point) or point[1] > 5, name="trial 2")
+    assert not watcher.look()
+    child = child_of(parent, 2)
+    client = mlflow.MlflowClient()
+    client.log_metric(child, "eval_loss", 4.0, step=10)
+    assert not watcher.look()
+    assert not watcher.look()
+    assert asked == [(1, 4.0)]
+    with watcher.watching(stopper):
+        client.log_metric(child, "eval_loss", 6.0, step=20)
+        wait_until(lambda: watcher.has_stopped)
+    assert asked == [(1, 4.0), (2, 6.0)]
+    assert stopper.stopped_by == "stopped early"
+    assert client.get_run(child).info.run_name == "trial 2"
+    assert tracking.newest_child(parent, "train") == watcher.child == child
