@@ -186,7 +186,7 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
     with tracking_at(server.url):
         prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
         dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
-        values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 700, "save_steps": 50}
+        values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 250, "save_steps": 25}
         with Forked(lambda: call_step("train", **values)) as process:
             first = next((line for line in process.stdout if line.startswith("Checkpoint: ")), "")
             assert first, "the training ended without a checkpoint"
@@ -203,7 +203,7 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
         run = mlflow.get_run(run_id)
         assert run.info.status == "FINISHED"
         points = mlflow.MlflowClient().get_metric_history(run_id, "train_loss")
-        assert [point.step for point in points] == list(range(1, 701))
+        assert [point.step for point in points] == list(range(1, 251))
         names = {found.path for found in mlflow.MlflowClient().list_artifacts(run_id)}
         assert names == {"adapter", "checkpoints", "loss_curve.png"}
         assert is_whole(Path(download_artifacts(f"runs:/{run_id}/adapter", dst_path=tmp_path)))
