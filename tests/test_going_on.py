@@ -105,7 +105,7 @@ def test_one_that_failed_in_register_does_not_train_again(story):
 def started(story, monkeypatch, step, **values):
     """What a further pipeline starts for a step: its values, or None where it reuses the step."""
     monkeypatch.setattr(main.reuse, "device_kind", lambda: "cpu")
-    monkeypatch.setattr(main, "start_step", lambda step, values, fingerprint: values)
+    monkeypatch.setattr(main, "start_step", lambda step, values, *_: values)
     given = params.parse_main(words(defaults("main") | story.values | values))
     with tracking_at(story.store), mlflow.start_run():
         dataset = f"runs:/{story.steps[0]['prepare_data'].info.run_id}/dataset"
