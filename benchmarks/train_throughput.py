@@ -38,8 +38,8 @@ from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import operations_per_second
 from steps.text2sql.sql_model import load_base, pick_device
 
-# The project records each shape of batch once, at its first one, which belongs to no usual step.
-WARM_UP_STEPS, OTHERS_WARM_UP_STEPS, PROFILED_STEPS = 24, 4, 2
+# On a GPU the project records each shape of batch at its first one, which belongs to no usual step.
+RECORDING_STEPS, WARM_UP_STEPS, PROFILED_STEPS = 24, 4, 2
 VOCABULARY, BOS, EOS = 32000, 1, 2
 # The tutorial's fixed length, and the lengths and the share of answers of b-mc2/sql-create-context.
 TUTORIAL_LENGTH = 256
@@ -271,7 +271,8 @@ def measure(recipe: str, folder: Path, batch_size: int, steps: int, cap_gib: flo
     if cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap_gib * 2**30 / total)
-    warm_up = WARM_UP_STEPS if recipe.startswith("project") else OTHERS_WARM_UP_STEPS
+    is_recorded = recipe.startswith("project") and torch.cuda.is_available()
+    warm_up = RECORDING_STEPS if is_recorded else WARM_UP_STEPS if torch.cuda.is_available() else 1
     clock, start = Clock(steps, warm_up), time.perf_counter()
     plan = RECIPES[recipe](folder, batch_size, warm_up + steps + PROFILED_STEPS, clock)
     given = rows(batch_size * (warm_up + steps))[batch_size * warm_up :]

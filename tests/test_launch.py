@@ -187,9 +187,10 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, co
     ],
 )
 def test_one_that_does_not_end_well_ends_all_with_its_reason(store, config, capfd, how, error, reason):
+    before = psutil.Process().children(recursive=True)
     with mlflow.start_run(), pytest.raises(error, match=reason):
         launching.run("tests.restless_processes", {"how": how}, launch=config(**ON_CPU))
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
     printed = capfd.readouterr()
     assert "from 0" in printed.out
     assert "from 1" not in printed.out

@@ -143,7 +143,7 @@ def test_trainings_are_processes_of_their_own_and_a_bad_one_is_stopped(chain, tm
     monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda trial: trial.number == 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Long enough that the second training is still going on when its first validation is seen.
-    values = LIMITS | {"batch_size": 1, "max_steps_range": "900,900", "logging_steps": 300, "trials": 2}
+    values = LIMITS | {"batch_size": 1, "max_steps_range": "300,300", "logging_steps": 100, "trials": 2}
     with mlflow.start_run() as run:
         sweep.main(call(tmp_path, dataset_uri=chain.dataset_uri, **values))
     children = mlflow.search_runs(
