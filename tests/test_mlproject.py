@@ -101,7 +101,8 @@ def test_a_command_is_one_line_that_a_shell_splits_into_whole_words(step):
 
 
 def test_the_entry_point_tests_runs_pytest_without_parameters():
-    assert ENTRY_POINTS["tests"] == {"command": "python -m pytest tests"}
+    assert set(ENTRY_POINTS["tests"]) == {"command"}
+    assert ENTRY_POINTS["tests"]["command"].split()[:4] == ["python", "-m", "pytest", "tests"]
 
 
 def shared(entry_point: str) -> dict[str, dict[str, str]]:
