@@ -135,7 +135,7 @@ def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]
     of_rows = mlflow.data.from_pandas(
         rows, source=source, targets="answer", name="evaluated_rows", digest=scored_rows.digest(rows)[:36]
     )
-    mlflow.log_input(of_rows, context="evaluation", model=LoggedModelInput(model_id))
+    tracking.log_input(of_rows, context="evaluation", model=LoggedModelInput(model_id))
     mlflow.log_metrics(metrics, model_id=model_id, dataset=of_rows)
 
 

@@ -178,7 +178,7 @@ def log_dataset(rows: pandas.DataFrame, source: dataset.DatasetSource, digest: s
     logged = mlflow.data.from_pandas(
         rows, source=origin, targets="answer", name=source.name, digest=digest[:36]
     )
-    mlflow.log_input(logged, context="training")
+    tracking.log_input(logged, context="training")
 
 
 if __name__ == "__main__":

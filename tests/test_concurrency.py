@@ -4,6 +4,7 @@ import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
+import pandas
 import pytest
 
 from steps import register
@@ -81,6 +82,23 @@ def test_two_that_set_an_alias_for_the_first_time_both_succeed(store, monkeypatc
     assert len(calls) == 2
     newest = mlflow.MlflowClient().get_model_version_by_alias("text2sql", "newest")
     assert str(newest.version) == calls[1]
+
+
+def test_two_that_log_a_dataset_for_the_first_time_both_succeed(store, monkeypatch):
+    log_input, calls = mlflow.log_input, []
+
+    def collide(*given, **named):
+        calls.append(given)
+        if len(calls) == 1:
+            raise mlflow.MlflowException("UNIQUE constraint failed: datasets.name")
+        log_input(*given, **named)
+
+    monkeypatch.setattr(mlflow, "log_input", collide)
+    monkeypatch.setattr(tracking.random, "uniform", lambda *_: 0)
+    with mlflow.start_run() as run:
+        tracking.log_input(mlflow.data.from_pandas(pandas.DataFrame({"a": [1]}), name="rows"), "training")
+    [found] = mlflow.get_run(run.info.run_id).inputs.dataset_inputs
+    assert (found.dataset.name, len(calls)) == ("rows", 2)
 
 
 def test_two_pipelines_at_once_both_finish_with_a_version_each(new_store, tiny_base, tmp_path, monkeypatch):

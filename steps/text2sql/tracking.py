@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import mlflow
-from mlflow.entities import Metric, Run, RunStatus
+from mlflow.data.dataset import Dataset
+from mlflow.entities import LoggedModelInput, Metric, Run, RunStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
@@ -58,7 +59,7 @@ TRIALS = "trials.json"
 EVAL_LOSS = "eval_loss"
 TRAINING_ROWS = "training_rows"
 
-REGISTER_TRIES = 10
+TRIES = 10
 CHALLENGER = "challenger"
 CHAMPION = "champion"
 
@@ -708,13 +709,22 @@ def _tags() -> dict[str, str]:
     return mlflow.get_run(run_id()).data.tags
 
 
+def log_input(data: Dataset, context: str, model: LoggedModelInput | None = None) -> None:
+    """Log a dataset as an input of this run, also while another run logs the same one for the first time.
+
+    Raises:
+        MlflowException: it failed `TRIES` times; two that log a dataset for the first time collide.
+    """
+    _tried_again(lambda: mlflow.log_input(data, context=context, model=model))
+
+
 def register_version(model_uri: str, name: str, tags: Mapping[str, str]) -> ModelVersion:
     """Register a logged model, also while others register versions of the same name.
 
     MLflow takes the next free number and, where others take it first, gives up after three tries of its own.
 
     Raises:
-        MlflowException: it failed `REGISTER_TRIES` times.
+        MlflowException: it failed `TRIES` times.
     """
     return _tried_again(lambda: mlflow.register_model(model_uri, name, tags=dict(tags)))
 
@@ -723,7 +733,7 @@ def point_to_newest(name: str, alias: str) -> None:
     """Set an alias to the newest version; looking again afterwards, so that the last of several is right.
 
     Raises:
-        MlflowException: it failed `REGISTER_TRIES` times; two that set an alias for the first time collide.
+        MlflowException: it failed `TRIES` times; two that set an alias for the first time collide.
     """
     client = mlflow.MlflowClient()
     pointed, newest = 0, _newest(name)
@@ -733,7 +743,7 @@ def point_to_newest(name: str, alias: str) -> None:
 
 
 def _tried_again(call: Callable[[], Any]) -> Any:
-    for _ in range(REGISTER_TRIES - 1):
+    for _ in range(TRIES - 1):
         with suppress(MlflowException):
             return call()
         time.sleep(random.uniform(0, 1))
