@@ -20,6 +20,7 @@ from steps.text2sql import (
     launching,
     manifest,
     memory_plan,
+    mlproject,
     processes,
     ranks,
     resume,
@@ -160,8 +161,8 @@ def how_to_go_on(params: TrainParams) -> str:
     """What to type after this training was stopped; only the first of several processes says it."""
     if not ranks.is_first():
         return ""
-    values = {name: str(value) for name, value in vars(params).items()}
-    return screen.to_go_on("train", values | {"resume_from": tracking.run_id()})
+    values = {name: str(value) for name, value in vars(params).items()} | {"resume_from": tracking.run_id()}
+    return screen.to_go_on("train", mlproject.without_defaults("train", values))
 
 
 def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:

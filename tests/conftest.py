@@ -59,6 +59,12 @@ START_LIMIT_SECONDS = 120
 QUICK = {"max_steps": 6, "batch_size": 4, "lora_r": 4, "lora_alpha": 8, "logging_steps": 1, "save_steps": 2}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no worker waits long for another."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def defaults(entry_point: str) -> dict[str, str]:
     """Defaults of an entry point as MLproject has them, without the parameters that have none."""
     declared = yaml.safe_load((PROJECT / "MLproject").read_text())["entry_points"][entry_point]["parameters"]

@@ -6,7 +6,7 @@ import pytest
 from steps import main, train
 from steps.text2sql import base_model, hub, resume, reuse, screen, tracking
 from steps.text2sql.params import parse_main
-from tests.conftest import QUICK, call_step, defaults, words
+from tests.conftest import QUICK, call_step, defaults, tracking_at, words
 
 QUICK_TEXT = {name: str(value) for name, value in QUICK.items()}
 
@@ -14,10 +14,8 @@ QUICK_TEXT = {name: str(value) for name, value in QUICK.items()}
 @pytest.fixture(scope="module")
 def planned(finished_chain):
     """Run of a dry training of the chain's dataset, in which no weights could be loaded."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tracking_at(finished_chain.store):
         patch.setattr(train, "load_base", lambda *_: pytest.fail("weights were loaded"))
-        patch.setenv("MLFLOW_TRACKING_URI", finished_chain.store)
-        mlflow.set_tracking_uri(finished_chain.store)
         return call_step("train", dataset_uri=finished_chain.dataset_uri, dry_run="yes", **QUICK)
 
 

@@ -167,7 +167,9 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, co
     assert psutil.wait_procs(family, timeout=0)[1] == []
     assert process.returncode == 1
     assert "Traceback" not in output
-    assert "Stopped by SIGTERM. To go on:" in output
+    assert "Stopped by SIGTERM.\n\nTo go on:\n  mlflow run " in output
+    assert " -P resume_from=" in output
+    assert "dry_run" not in output
     run = mlflow.get_run(first.removeprefix("Checkpoint: runs:/").split("/")[0])
     assert (run.info.status, run.data.tags["stopped_by"]) == ("KILLED", "SIGTERM")
     newest = max(

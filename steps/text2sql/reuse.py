@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from steps.text2sql import manifest
+from steps.text2sql import manifest, mlproject
 from steps.text2sql.params import CHAIN, SET_BY_MAIN, parse
 
 PROJECT = Path(__file__).parents[2]
@@ -38,9 +36,8 @@ def fingerprint(
 
 def resolved(step: str, values: Mapping[str, str]) -> dict[str, Any]:
     """Typed values of a step, those that main does not give by their defaults in MLproject."""
-    declared = yaml.safe_load((PROJECT / "MLproject").read_text(encoding="utf-8"))["entry_points"][step]
-    defaults = {n: str(p["default"]) for n, p in declared["parameters"].items() if "default" in p}
-    words = [word for name, value in (defaults | dict(values)).items() for word in (f"--{name}", value)]
+    given = mlproject.defaults(step) | dict(values)
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
     return vars(parse(CHAIN[step], words))
 
 
