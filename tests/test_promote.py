@@ -11,6 +11,7 @@ from pathlib import Path
 import mlflow
 import pandas
 import pytest
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 
@@ -376,7 +377,10 @@ def test_a_champion_that_cannot_be_scored_is_an_error_and_stays(second_version, 
     assert "broken JSON at line 1" in capfd.readouterr().err
     assert run.info.status == "FAILED"
     assert (champion(), locks()) == (1, [])
-    assert {one.info.status for one in mlflow.search_runs(output_format="list")} <= {"FINISHED", "FAILED"}
+    [child] = mlflow.search_runs(
+        filter_string=f"tags.`mlflow.parentRunId` = '{run.info.run_id}'", output_format="list"
+    )
+    assert child.info.status == "FAILED"
     assert "promoted" not in tags_of(2)
 
 
@@ -529,6 +533,21 @@ def killed_holder(scored):
     assert locks() == ["text2sql.lock"]
     assert mlflow.get_run(lines[-1]).info.status == "RUNNING"
     return lines[-1]
+
+
+def test_a_lock_that_is_removed_while_it_is_read_is_nobody_elses_model(store, monkeypatch):
+    client, read = mlflow.MlflowClient(), mlflow.MlflowClient.get_registered_model
+    with promotion_lock.held(MODEL, run_id="run") as lock:
+        whole = client.get_registered_model(lock.name)
+        torn = RegisteredModel(lock.name, creation_timestamp=whole.creation_timestamp - 1)
+        answers = [torn]
+        monkeypatch.setattr(
+            mlflow.MlflowClient,
+            "get_registered_model",
+            lambda self, name: answers.pop() if answers else read(self, name),
+        )
+        assert promotion_lock.holder(lock) == lock
+    assert promotion_lock.holder(lock) is None
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import mlflow
 from mlflow.entities import RunStatus
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from steps.text2sql.errors import UserError
@@ -114,18 +115,24 @@ def holder(lock: Lock, *, name: str | None = None) -> Lock | None:
         UserError: a registered model has the name of the lock and is none.
     """
     name = name or lock.name
+    while (found := _read(name)) and TOKEN not in found.tags:
+        # MLflow reads a model first and its tags then: a lock that is removed in between seems to have none.
+        again = _read(name)
+        if again and again.creation_timestamp == found.creation_timestamp:
+            raise UserError(
+                f"registered_model_name={lock.model}: its lock would be the registered model {name}, which "
+                "is another one; nothing was moved. Rename that one."
+            )
+    return Lock(lock.model, found.tags[RUN], found.tags[TOKEN]) if found else None
+
+
+def _read(name: str) -> RegisteredModel | None:
     try:
-        tags = mlflow.MlflowClient().get_registered_model(name).tags
+        return mlflow.MlflowClient().get_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return None
-    if TOKEN not in tags:
-        raise UserError(
-            f"registered_model_name={lock.model}: its lock would be the registered model {name}, which is "
-            "another one; nothing was moved. Rename that one."
-        )
-    return Lock(lock.model, tags[RUN], tags[TOKEN])
+    return None
 
 
 def _has_ended(run_id: str) -> bool:
