@@ -12,6 +12,7 @@ import pytest
 from mlflow.artifacts import download_artifacts
 
 from steps.text2sql import adapter, outputs, tracking
+from steps.text2sql.outputs import Outputs
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in
 from tests.conftest import (
     QUICK,
@@ -176,6 +177,20 @@ def test_a_manifest_without_digests_is_refused(copied):
     assert "its manifest.json has no digests" in message
 
 
+def train_until(back, values):
+    """Train in this process, which does not end before a file is there: a fast one would be over by then."""
+    keep_adapter = Outputs.keep_adapter
+
+    def wait_and_keep(self, step):
+        end = time.monotonic() + 60
+        while not back.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        keep_adapter(self, step)
+
+    Outputs.keep_adapter = wait_and_keep
+    call_step("train", **values)
+
+
 @pytest.mark.slow
 def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_then(
     server, tiny_base, tmp_path, monkeypatch
@@ -187,7 +202,8 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
         prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
         dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
         values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 250, "save_steps": 25}
-        with Forked(lambda: call_step("train", **values)) as process:
+        back = tmp_path / "back"
+        with Forked(lambda: train_until(back, values)) as process:
             first = next((line for line in process.stdout if line.startswith("Checkpoint: ")), "")
             assert first, "the training ended without a checkpoint"
             server.stop()
@@ -198,6 +214,7 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
                 assert time.monotonic() < away + 60, "no checkpoint was written while the server was away"
                 time.sleep(0.1)
             server.start()
+            back.touch()
             rest = process.stdout.read()
             assert process.wait(60) == 0, rest
         run = mlflow.get_run(run_id)
