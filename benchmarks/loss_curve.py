@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
-from benchmarks.train_throughput import LORA, fit_project, versions
+from benchmarks.train_throughput import fit_project, project_lora, versions
 from steps.text2sql import adapter, preparation, sample_data, splits, training
 from steps.text2sql.device import describe_device
 from steps.text2sql.sql_model import EMBEDDED_BASE, PROMPT_TEMPLATE, load_base, load_base_tokenizer
@@ -50,9 +50,7 @@ def prepared_rows(tokenizer: PreTrainedTokenizerFast) -> datasets.DatasetDict:
 
 def plain(tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, steps: int) -> list[float]:
     """Losses of transformers' Trainer as it is."""
-    lora = adapter.lora_config(
-        r=LORA["r"], alpha=LORA["lora_alpha"], dropout=0.0, target_modules="all-linear"
-    )
+    transformers.set_seed(SEED)
     losses = Losses()
     settings = training.arguments(
         tempfile.mkdtemp(),
@@ -65,7 +63,7 @@ def plain(tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, steps:
     )
     settings.eval_strategy = "no"
     trainer = Trainer(
-        model=adapter.attach(load_base(EMBEDDED_BASE, "nf4"), lora),
+        model=adapter.attach(load_base(EMBEDDED_BASE, "nf4"), project_lora()),
         args=settings,
         train_dataset=data["train"],
         data_collator=DataCollatorForSeq2Seq(tokenizer),
@@ -80,6 +78,7 @@ def plain(tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, steps:
 
 def project(data: datasets.DatasetDict, steps: int, *, compiled: bool) -> list[float]:
     """Losses of this project's training."""
+    transformers.set_seed(SEED)
     losses = Losses()
     fit_project(
         load_base(EMBEDDED_BASE, "nf4"),
@@ -102,14 +101,10 @@ def main() -> None:
     given = parser.parse_args()
     tokenizer = load_base_tokenizer(EMBEDDED_BASE)
     data = prepared_rows(tokenizer)
-    curves = {}
-    for name in ("plain", "project"):
-        transformers.set_seed(SEED)
-        curves[name] = (
-            plain(tokenizer, data, given.steps)
-            if name == "plain"
-            else project(data, given.steps, compiled=given.compiled)
-        )
+    curves = {
+        "plain": plain(tokenizer, data, given.steps),
+        "project": project(data, given.steps, compiled=given.compiled),
+    }
     table = pandas.DataFrame(curves, index=range(1, given.steps + 1))
     smoothed = table.rolling(min(SMOOTHED_STEPS, given.steps)).mean().dropna()
     apart = (smoothed["project"] / smoothed["plain"] - 1).abs()

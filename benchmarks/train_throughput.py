@@ -39,7 +39,9 @@ from steps.text2sql.device import operations_per_second
 from steps.text2sql.sql_model import load_base, pick_device
 
 # On a GPU the project records each shape of batch at its first one, which belongs to no usual step.
-RECORDING_STEPS, WARM_UP_STEPS, PROFILED_STEPS = 24, 4, 2
+RECORDING_STEPS, PROFILED_STEPS = 24, 2
+# A step on a CPU takes seconds, and the second is like the others.
+WARM_UP_STEPS = {"cuda": 4, "cpu": 1}
 VOCABULARY, BOS, EOS = 32000, 1, 2
 # The tutorial's fixed length, and the lengths and the share of answers of b-mc2/sql-create-context.
 TUTORIAL_LENGTH = 256
@@ -204,6 +206,13 @@ def train_project(
     )
 
 
+def project_lora() -> LoraConfig:
+    """The adapter of the project's recipe: the same size as the others'."""
+    return adapter.lora_config(
+        r=LORA["r"], alpha=LORA["lora_alpha"], dropout=0.0, target_modules="all-linear"
+    )
+
+
 def fit_project(
     base: PreTrainedModel,
     data: datasets.DatasetDict,
@@ -217,9 +226,7 @@ def fit_project(
 ) -> str:
     """Train by the same calls as the train step; its plan for the memory comes back."""
     device, dtype = pick_device()
-    lora = adapter.lora_config(
-        r=LORA["r"], alpha=LORA["lora_alpha"], dropout=0.0, target_modules="all-linear"
-    )
+    lora = project_lora()
     step_tokens = training.mean_tokens(data["train"]) * batch_size
     plan = memory_plan.make(
         memory_plan.Shape.of(base.config, dtype),
@@ -271,8 +278,9 @@ def measure(recipe: str, folder: Path, batch_size: int, steps: int, cap_gib: flo
     if cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap_gib * 2**30 / total)
-    is_recorded = recipe.startswith("project") and torch.cuda.is_available()
-    warm_up = RECORDING_STEPS if is_recorded else WARM_UP_STEPS if torch.cuda.is_available() else 1
+    device = pick_device()[0]
+    is_recorded = recipe.startswith("project") and device == "cuda"
+    warm_up = RECORDING_STEPS if is_recorded else WARM_UP_STEPS[device]
     clock, start = Clock(steps, warm_up), time.perf_counter()
     plan = RECIPES[recipe](folder, batch_size, warm_up + steps + PROFILED_STEPS, clock)
     given = rows(batch_size * (warm_up + steps))[batch_size * warm_up :]

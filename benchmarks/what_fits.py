@@ -8,6 +8,7 @@ nf4, LoRA r=32 on all linear layers, 8 rows a step of 130 tokens in the mean, th
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
+from benchmarks.train_throughput import project_lora
 from steps.text2sql import adapter, base_model, memory_plan
 from steps.text2sql.errors import UserError
 
@@ -54,16 +55,16 @@ def smallest_cards(config: PreTrainedConfig) -> list[int | None]:
     """GiB of the smallest card for each of `WAYS`, by what `memory_plan` would choose on it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    lora = adapter.lora_config(r=32, alpha=64, dropout=0.0, target_modules="all-linear")
-    held = base_model.held(model, "nf4", torch.bfloat16)
+    held, trainable = base_model.held(model, "nf4", torch.bfloat16), adapter.size(model, project_lora())
+    shape = memory_plan.Shape.of(config, torch.bfloat16)
     found: dict[tuple[bool, bool], int] = {}
     for card in CARDS_GIB:
         try:
             plan = memory_plan.make(
-                memory_plan.Shape.of(config, torch.bfloat16),
+                shape,
                 device="cuda",
                 free=card * 2**30 - CONTEXT_BYTES - held.bytes,
-                trainable=adapter.size(model, lora),
+                trainable=trainable,
                 four_bit=held.four_bit,
                 longest=LONGEST,
                 step_tokens=STEP_TOKENS,

@@ -8,7 +8,6 @@ import pandas
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from steps.text2sql import (
     adapter,
@@ -28,7 +27,6 @@ from steps.text2sql import (
     transformers_flavor,
 )
 from steps.text2sql.device import free_memory_bytes
-from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import Auto, EvaluateParams
 from steps.text2sql.sql_model import BaseModelError, SQLModel
@@ -39,7 +37,7 @@ TUNED, BASE = "", scoring.BASE_PREFIX
 
 def main(params: EvaluateParams) -> None:
     """Answer and score test rows with and without the adapter; log metrics and predictions."""
-    version = find_version(params.model_uri)
+    version = tracking.find_version(params.model_uri)
     uri, source = f"models:/{version.name}/{version.version}", f"model_uri={params.model_uri}"
     with (
         tracking.downloaded(uri, parameter="model_uri", needs=packaging.MLMODEL_FILE_NAME) as package,
@@ -52,22 +50,8 @@ def main(params: EvaluateParams) -> None:
         model_id = packaging.model_id(package)
         lora = adapter.settings(package / transformers_flavor.ADAPTER)
     tracking.tag_data(base_model=described.of_dataset.base_model, dataset=described.of_dataset.dataset)
-    keep(version, model_id, rows, answers, verdicts)
-    update_card(version, evaluation.metrics(verdicts), described, lora)
-
-
-def find_version(model_uri: str) -> ModelVersion:
-    """The registered version behind `models:/name/version` or `models:/name@alias`."""
-    name, _, alias = model_uri.removeprefix("models:/").partition("@")
-    if not alias:
-        try:
-            return tracking.model_version(*name.split("/"))
-        except UserError as error:
-            raise UserError(f"model_uri={model_uri}: {error}") from error
-    try:
-        return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        raise UserError(f"model_uri={model_uri}: {error.message}") from error
+    metrics = keep(version, model_id, rows, answers, verdicts)
+    update_card(version, metrics, described, lora)
 
 
 def gather(params: EvaluateParams, trained_on: DatasetManifest, folder: Path) -> pandas.DataFrame:
@@ -114,8 +98,8 @@ def keep(
     rows: pandas.DataFrame,
     answers: dict[str, list],
     verdicts: dict[str, list],
-) -> None:
-    """Log all that there is to read, and link version and run to each other."""
+) -> dict[str, float]:
+    """Log all that there is to read, and link version and run to each other; the metrics come back."""
     metrics = evaluation.metrics(verdicts)
     predictions = evaluation.predictions(rows, answers, verdicts)
     headline = scoring.headline(metrics)
@@ -126,6 +110,7 @@ def keep(
     show(version, metrics, predictions, by_slice, headline)
     assessments.log(predictions, model_id=model_id)
     print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
+    return metrics
 
 
 def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]) -> None:

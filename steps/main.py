@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import mlflow
@@ -14,8 +14,8 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
 Watch = Callable[[processes.Stopper], AbstractContextManager]
-# Parameters of train that are for main alone, and what they are where a user does not give them.
-ELSEWHERE = {"project_backend": "local", "backend_config": ""}
+# Parameters of train that are for main alone.
+ELSEWHERE = ("project_backend", "backend_config")
 
 
 def main(params: MainParams) -> None:
@@ -30,7 +30,7 @@ def main(params: MainParams) -> None:
 
 def chain(params: MainParams) -> None:
     """Run the steps, each with what the ones before it found out."""
-    check_devices(**params.steps["train"])
+    check_devices(params.steps["train"])
     runs = {"prepare_data": run_step("prepare_data", params)}
     tags = runs["prepare_data"].data.tags
     tracking.tag_data(base_model=tags[tracking.TAG_BASE_MODEL], dataset=tags[tracking.TAG_DATASET])
@@ -55,10 +55,11 @@ def chain(params: MainParams) -> None:
     finish(runs, name=name, version=version, gate=gate)
 
 
-def check_devices(launch: str, project_backend: str = ELSEWHERE["project_backend"], **_: str) -> None:
+def check_devices(given: Mapping[str, str]) -> None:
     """Refuse a training in several processes that this machine has no GPUs for, before any step runs."""
-    if launch != "single" and project_backend == "local":
-        launch_config.check_gpus(launch, len(reuse.gpus()))
+    values = mlproject.defaults("train") | given
+    if values["launch"] != "single" and values["project_backend"] == "local":
+        launch_config.check_gpus(values["launch"], len(reuse.gpus()))
 
 
 def run_step(
@@ -98,7 +99,8 @@ def start_step(step: str, values: dict[str, str], fingerprint: str, watch: Watch
         UserError: it failed; its own message stands above on the screen.
         tracking.Interrupted: a signal came, and no process of the step is left.
     """
-    backend, config = (values.pop(name, default) for name, default in ELSEWHERE.items())
+    usual = mlproject.defaults("train")
+    backend, config = (values.pop(name, usual[name]) for name in ELSEWHERE)
     print(f"  {screen.step_command(step, values)}", flush=True)
     os.environ[tracking.FINGERPRINT_VARIABLE] = fingerprint
     if backend != "local":

@@ -16,9 +16,6 @@ from steps.text2sql.run_folder import run_folder
 from steps.text2sql.search import Search, ShouldStop, Space
 from steps.text2sql.watcher import Watcher
 
-# As the defaults of train: lora_alpha / lora_r, the scale of the adapter, is the same for every rank.
-ALPHA_TO_RANK = 2
-
 
 def main(call: SweepCall) -> None:
     """Prepare the data once, try values on them, and show the best."""
@@ -93,10 +90,13 @@ def train(
 
 
 def recipe(call: SweepCall, values: dict[str, str]) -> dict[str, str]:
-    """A trial's values with the alpha of its rank, unless the user has fixed that."""
+    """A trial's values with an alpha unless the user has fixed it: lora_alpha / lora_r, the scale of the
+    adapter, is for every rank that of the defaults."""
     if "lora_alpha" in call.given:
         return values
-    return values | {"lora_alpha": str(ALPHA_TO_RANK * int(values["lora_r"]))}
+    usual = mlproject.defaults("train")
+    alpha = int(values["lora_r"]) * int(usual["lora_alpha"]) // int(usual["lora_r"])
+    return values | {"lora_alpha": str(alpha)}
 
 
 def finish(call: SweepCall, search: Search, dataset_uri: str) -> None:

@@ -69,9 +69,7 @@ def main(params: TrainParams) -> None:
 
 def train(params: TrainParams) -> None:
     """Train, and log the adapter with all that repeats it; so each of the processes that train together."""
-    described, data = load_data(params.dataset_uri)
-    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
-    base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
+    described, data = open_data(params)
     tokenizer = load_tokenizer(described, params.dataset_uri)
     transformers.set_seed(params.seed)
     model, plan, count = load_model(params, described, data)
@@ -165,6 +163,14 @@ def how_to_go_on(params: TrainParams) -> str:
     return screen.to_go_on("train", mlproject.without_defaults("train", values))
 
 
+def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDict]:
+    """What prepare_data made, for a base that this machine can train; the run is tagged with both."""
+    described, data = load_data(params.dataset_uri)
+    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
+    base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
+    return described, data
+
+
 def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
     """What prepare_data made; fetched once a machine."""
 
@@ -179,9 +185,7 @@ def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
 def dry_run(params: TrainParams) -> None:
     """Say what a training in one process would choose and take, from shapes alone: no weights are fetched."""
     tracking.tag_dry_run()
-    described, data = load_data(params.dataset_uri)
-    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
-    base_model.check_memory(described.base_model, params.quantization)
+    described, data = open_data(params)
     base, (device, dtype) = base_model.skeleton(described.base_model), pick_device()
     held, lora = base_model.held(base, params.quantization, dtype), lora_settings(params)
     free = memory_plan.free_bytes(device) - held.bytes

@@ -22,7 +22,6 @@ import mlflow.server
 import pytest
 import torch
 import uvicorn
-import yaml
 from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT
@@ -31,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steps import evaluate, export, main, prepare_data, promote, register, train
 from steps.text2sql import packaging, params, reuse, sample_data, tracking
+from steps.text2sql.mlproject import defaults
 from steps.text2sql.sql_model import BaseModelError
 
 PROJECT = Path(__file__).parents[1]
@@ -63,12 +63,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that at the end no worker waits long for another."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def defaults(entry_point: str) -> dict[str, str]:
-    """Defaults of an entry point as MLproject has them, without the parameters that have none."""
-    declared = yaml.safe_load((PROJECT / "MLproject").read_text())["entry_points"][entry_point]["parameters"]
-    return {name: str(kind["default"]) for name, kind in declared.items() if "default" in kind}
 
 
 def words(values: dict[str, object]) -> list[str]:

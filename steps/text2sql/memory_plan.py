@@ -141,8 +141,7 @@ def make(
         UserError: the longest row does not fit in any way.
     """
     budget = int(free * USED_SHARE[device]) - WORKSPACE_BYTES - trainable * TRAINABLE_BYTES
-    # In 4 bits and 0.127 of scales a weight; one layer's worth is dequantized at a time.
-    unpacked = int(four_bit * (shape.item - 0.516))
+    unpacked = _unpacked_bytes(four_bit, shape)  # else one layer's worth is dequantized at a time
     filled_up_to = SHAPE_TOKENS if device == "cuda" else 1
     longest = -(-longest // filled_up_to) * filled_up_to
     wanted = max(longest, min(step_tokens, ENOUGH_TOKENS))
@@ -173,11 +172,16 @@ def peak_bytes(
 ) -> int:
     """What the steps of a training take at their peak, `weights` bytes of the base among it; the arithmetic
     of `make`."""
-    unpacked = int(four_bit * (shape.item - 0.516)) if plan.dequantize else 0
+    unpacked = _unpacked_bytes(four_bit, shape) if plan.dequantize else 0
     tokens = min(plan.tokens, int(step_tokens))
     activations = tokens * shape.token_bytes(recompute=plan.recompute)
     held = weights + unpacked + trainable * TRAINABLE_BYTES
     return held + activations + WORKSPACE_BYTES + PROCESS_BYTES[device]
+
+
+def _unpacked_bytes(four_bit: int, shape: Shape) -> int:
+    """What dequantizing adds: a weight is held in 4 bits and 0.127 of scales before."""
+    return int(four_bit * (shape.item - 0.516))
 
 
 def _reason(free: int, recompute: bool) -> str:

@@ -72,19 +72,14 @@ def _accepted(hint: Any) -> str:
         return " or ".join(map(_accepted, get_args(hint)))
     if kind is Annotated:
         limits = [limit for found in _fields(hint) for limit in found.metadata]
-        return _limited(hint, limits) or _accepted(get_args(hint)[0])
+        return _limited(limits) or _accepted(get_args(hint)[0])
     return ""
 
 
-def _limited(hint: Any, limits: list[Any]) -> str:
+def _limited(limits: list[Any]) -> str:
     signs = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
-    words = [
-        f"{sign} {getattr(one, name)}"
-        for one in limits
-        for kind, (name, sign) in signs.items()
-        if type(one) is kind
-    ]
-    return ", ".join(words)
+    known = ((one, *signs[type(one)]) for one in limits if type(one) in signs)
+    return ", ".join(f"{sign} {getattr(one, name)}" for one, name, sign in known)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,9 @@ Params = TypeVar("Params")
 
 def users_folder() -> Path:
     """Folder where the user typed `mlflow run`: the steps themselves run in the project's folder."""
-    for process in psutil.Process().parents():
+    for process in processes.mlflow_runs():
         with suppress(psutil.Error):  # processes of other users cannot be looked at everywhere
-            if processes.is_mlflow_run(process):
-                return Path(process.cwd())
+            return Path(process.cwd())
     return Path.cwd()
 
 

@@ -32,11 +32,15 @@ def is_mlflow_run(process: psutil.Process) -> bool:
 
 def users_command() -> list[str]:
     """Words of the nearest `mlflow run` above this process, as the user typed them; none without one."""
-    for process in psutil.Process().parents():
-        if is_mlflow_run(process):
-            with suppress(psutil.Error):
-                return process.cmdline()
+    for process in mlflow_runs():
+        with suppress(psutil.Error):
+            return process.cmdline()
     return []
+
+
+def mlflow_runs() -> Iterator[psutil.Process]:
+    """The commands `mlflow run` above this process, the nearest first."""
+    return filter(is_mlflow_run, psutil.Process().parents())
 
 
 def launchers() -> list[psutil.Process]:

@@ -787,7 +787,10 @@ def find_version(model_uri: str) -> ModelVersion:
     """
     name, _, alias = model_uri.removeprefix("models:/").partition("@")
     if not alias:
-        return model_version(*name.split("/"))
+        try:
+            return model_version(*name.split("/"))
+        except UserError as error:
+            raise UserError(f"model_uri={model_uri}: {error}") from error
     try:
         return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
     except MlflowException as error:
