@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainingArguments
@@ -218,10 +219,11 @@ def train(
     replay: bool,
     callbacks: list[TrainerCallback],
     checkpoints: Checkpoints,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> float:
     """Train the adapter on `data["train"]`; the mean loss of an answer token comes back.
 
-    `replay` records CUDA graphs: see `Gradients`.
+    `replay` records CUDA graphs: see `Gradients`. Without an `optimizer` it is the one of the settings.
     """
     rows, validation = data["train"].select_columns(["input_ids", "labels"]), validation_rows(data, settings)
     if validation is None:
@@ -235,6 +237,7 @@ def train(
         train_dataset=rows,
         eval_dataset=validation,
         callbacks=callbacks,
+        optimizers=(optimizer, None),
         plan=plan,
         longest=longest_row(data),
         replay=replay,

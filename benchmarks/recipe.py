@@ -1,0 +1,368 @@
+"""What each part of a recipe is worth: the embedded base trained on real rows, one part changed at a time.
+
+Trains by the project's own calls, answers rows with the trained model and scores them. Rows are files of the
+shape of b-mc2/sql-create-context, and a folder of Spider databases with their questions. `choice` is set apart
+from --rows by table group and is what recipes are chosen on; --validation and --spider are reported only.
+
+    python -m benchmarks.recipe --rows train.jsonl --steps 500 --seeds 0 1 2 --out found.jsonl
+    python -m benchmarks.recipe --rows train.jsonl --validation validation.jsonl --spider spider_dev \
+        --steps 500 --recipes defaults tutorial --out found.jsonl
+    python -m benchmarks.recipe --table found.jsonl [--databases spider_dev/db]
+
+A line of --out is one training and its answers. --part 0/4 does every fourth, for processes side by side.
+"""
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import bitsandbytes
+import datasets
+import numpy
+import pandas
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
+from scipy.stats import t as student
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from steps.text2sql import adapter, memory_plan, preparation, scoring, splits, trainer, training
+from steps.text2sql.checkpoints import Checkpoints
+from steps.text2sql.device import describe_device
+from steps.text2sql.sql_model import (
+    EMBEDDED_BASE,
+    PROMPT_TEMPLATE,
+    extract_sql,
+    generate,
+    load_base,
+    load_base_tokenizer,
+    pick_device,
+    render_prompt,
+)
+
+CHOICE_ROWS = 2000
+BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 8, 512, 96
+LORA_R, LORA_ALPHA = 32, 64
+ROWS_AT_ONCE = {"cuda": 4000, "cpu": 32}
+NEVER = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that a recipe may say; the fields' defaults are those of the project.
+
+    `start` is how the adapter begins: `lora` (B is zero), or on the largest directions of the weights (`pissa`,
+    arXiv 2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
+    """
+
+    learning_rate: float = 2e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_share: float = 0.05
+    quantization: str = "nf4"
+    start: str = "lora"
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loraplus_ratio: float = 1.0
+    averaged_share: float = 0.0
+    join_repeats: int = 1
+    balanced_lengths: bool = False
+    learns: str = "answers"
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    **{f"learning rate {rate:g}": {"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 8e-3)},
+    "linear": {"lr_scheduler_type": "linear"},
+    "constant after warm-up": {"lr_scheduler_type": "constant_with_warmup"},
+    "no warm-up": {"warmup_share": 0.0},
+    "warm-up 10 %": {"warmup_share": 0.1},
+    "attention only": {"lora": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
+    "MLP only": {"lora": {"target_modules": ["gate_proj", "up_proj", "down_proj"]}},
+    "r=16, alpha=32": {"lora": {"r": 16, "lora_alpha": 32}},
+    "r=64, alpha=128": {"lora": {"r": 64, "lora_alpha": 128}},
+    "dropout 0.05": {"lora": {"lora_dropout": 0.05}},
+    "weight decay 0.1": {"settings": {"weight_decay": 0.1}},
+    "clip 0.3": {"settings": {"max_grad_norm": 0.3}},
+    "no clipping": {"settings": {"max_grad_norm": 0.0}},
+    "beta2 0.99": {"settings": {"adam_beta2": 0.99}},
+    "LoRA+ 4": {"loraplus_ratio": 4.0},
+    "LoRA+ 16": {"loraplus_ratio": 16.0},
+    "rsLoRA": {"lora": {"use_rslora": True}},
+    "DoRA": {"lora": {"use_dora": True}},
+    "PiSSA": {"start": "pissa"},
+    "LoftQ": {"start": "loftq"},
+    "NEFTune 5": {"settings": {"neftune_noise_alpha": 5.0}},
+    "NEFTune 15": {"settings": {"neftune_noise_alpha": 15.0}},
+    "balanced lengths": {"balanced_lengths": True},
+    "joins 3 times": {"join_repeats": 3},
+    "mean of last 20 %": {"averaged_share": 0.2},
+    "not quantized": {"quantization": "none"},
+    "loss on prompts too": {"learns": "all"},
+    "tutorial": {
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "constant",
+        "lora": {"lora_dropout": 0.1},
+        "learns": "all but EOS",
+    },
+}
+
+
+# Rows
+
+
+def table_apart(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """Rows to train on, and up to `CHOICE_ROWS` to choose on: whole groups of tables, in the order of seed 0."""
+    group = splits.groups(rows["context"])
+    sizes = numpy.bincount(group)
+    order = numpy.random.default_rng(0).permutation(len(sizes))
+    taken = numpy.cumsum(sizes[order]) <= CHOICE_ROWS
+    apart = numpy.isin(group, order[: numpy.argmin(taken)])
+    return rows[~apart], rows[apart].head(CHOICE_ROWS)
+
+
+def spider_rows(folder: Path) -> pandas.DataFrame:
+    """Questions of Spider that have a context in the short form, with `db`."""
+    rows = pandas.read_json(folder / "questions.jsonl", lines=True)
+    return rows.dropna(subset=["context", "answer"])[["question", "context", "answer", "db"]]
+
+
+def tokenized(rows: pandas.DataFrame, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> datasets.Dataset:
+    """Rows as training takes them, with what the recipe wants of them."""
+    joins = rows["answer"].str.contains(r"\bJOIN\b", case=False)
+    rows = pandas.concat([rows, *[rows[joins]] * (recipe.join_repeats - 1)], ignore_index=True)
+    encoded, _ = preparation.tokenization.tokenize(
+        rows, tokenizer=tokenizer, template=PROMPT_TEMPLATE, style="plain", max_length=MAX_LENGTH
+    )
+    if recipe.learns == "answers":
+        return encoded
+    last = [] if recipe.learns == "all" else [-100]
+    return encoded.map(lambda row: {"labels": row["input_ids"][: len(row["input_ids"]) - len(last)] + last})
+
+
+class Balanced(trainer.Shuffled):
+    """Each step has one row of every eighth of the lengths."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of all rows but an odd rest."""
+        self.set_epoch(self.epoch_now())
+        random = numpy.random.default_rng([self.initial_seed, self.epoch_now()])
+        lengths = [len(row) for row in self.data_source["input_ids"]]
+        steps = len(lengths) // BATCH_SIZE
+        strata = numpy.argsort(lengths, kind="stable")[: steps * BATCH_SIZE].reshape(BATCH_SIZE, steps)
+        yield from random.permuted(strata, axis=1).T.ravel().tolist()
+
+
+# Training
+
+
+class Averaging(TrainerCallback):
+    """Puts the mean of the adapters of the last steps in the place of the last one."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.count = share, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: PeftModel, **kwargs: Any) -> None:
+        """Take the step into the mean."""
+        if state.global_step <= state.max_steps * (1 - self.share):
+            return
+        now = [one.detach() for one in model.parameters() if one.requires_grad]
+        self.count += 1
+        if self.count == 1:
+            self.mean = [one.clone() for one in now]
+        torch._foreach_lerp_(self.mean, now, 1 / self.count)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: PeftModel, **kwargs: Any) -> None:
+        """Take the mean."""
+        for one, mean in zip((one for one in model.parameters() if one.requires_grad), self.mean, strict=True):
+            one.data.copy_(mean)
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What nf4 with double quantization makes of a weight."""
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return bitsandbytes.functional.dequantize_4bit(packed, state)
+
+
+def start_on_directions(model: PeftModel, kind: str) -> None:
+    """Begin an adapter as `Recipe.start` says, and quantize the base under it, which is not yet."""
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        weight, scale = layer.base_layer.weight, layer.scaling["default"]
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        target = weight.float() if kind == "pissa" else (weight - through_nf4(weight)).float()
+        left, sizes, right = torch.svd_lowrank(target, q=down.shape[0], niter=16)
+        root = (sizes / scale).sqrt()
+        with torch.no_grad():
+            down.copy_((right * root).T)
+            up.copy_(left * root)
+            rest = weight.float() - (scale * up @ down if kind == "pissa" else 0)
+            weight.copy_(through_nf4(rest.to(weight.dtype)))
+
+
+def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_plan.Plan]:
+    """Base with a new adapter, and the plan for its memory."""
+    device, dtype = pick_device()
+    base = load_base(EMBEDDED_BASE, recipe.quantization if recipe.start == "lora" else "none")
+    lora = dataclasses.replace(
+        adapter.lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=0.0, target_modules="all-linear"),
+        **recipe.lora,
+    )
+    plan = memory_plan.make(
+        memory_plan.Shape.of(base.config, dtype),
+        device=device,
+        free=memory_plan.free_bytes(device),
+        trainable=adapter.size(base, lora),
+        four_bit=memory_plan.four_bit_parameters(base),
+        longest=training.longest_row(data),
+        step_tokens=int(training.mean_tokens(data["train"]) * BATCH_SIZE),
+        gradient_checkpointing="auto",
+    )
+    is_packed = any(isinstance(module, Linear4bit) for module in base.modules())
+    model = adapter.attach(base.dequantize() if plan.dequantize and is_packed else base, lora)
+    if recipe.start != "lora":
+        start_on_directions(model, recipe.start)
+    return model, plan
+
+
+def optimizer(model: PeftModel, recipe: Recipe) -> torch.optim.Optimizer | None:
+    """That of LoRA+ (arXiv 2402.12354), B learning so many times faster than A; else the settings' own."""
+    if recipe.loraplus_ratio == 1:
+        return None
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=recipe.learning_rate,
+        loraplus_lr_ratio=recipe.loraplus_ratio,
+        weight_decay=recipe.settings.get("weight_decay", 0.0),
+    )
+
+
+def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) -> PeftModel:
+    """Train by the same calls as the train step."""
+    transformers.set_seed(seed)
+    model, plan = load(recipe, data)
+    settings = training.arguments(
+        Path(tempfile.mkdtemp()),
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        recompute=plan.recompute,
+        **{
+            "optim": training.optimizer(pick_device()[0]),
+            "learning_rate": recipe.learning_rate,
+            "lr_scheduler_type": recipe.lr_scheduler_type,
+            "warmup_steps": int(steps * recipe.warmup_share),
+            "logging_steps": 50,
+            "disable_tqdm": True,
+            "seed": seed,
+        }
+        | recipe.settings,
+    )
+    with mock.patch.object(trainer, "Shuffled", Balanced) if recipe.balanced_lengths else nullcontext():
+        training.train(
+            model,
+            data,
+            settings=settings,
+            plan=plan,
+            replay=pick_device()[0] == "cuda",
+            callbacks=[Averaging(recipe.averaged_share)] if recipe.averaged_share else [],
+            checkpoints=Checkpoints(lambda *_: None, save_steps=NEVER),
+            optimizer=optimizer(model, recipe),
+        )
+    model.config.use_cache = True
+    model.set_attn_implementation("sdpa")
+    return model.eval()
+
+
+# Answers
+
+
+def answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, sets: dict[str, pandas.DataFrame]
+) -> dict[str, dict[str, list[Any]]]:
+    """Columns `predicted` and `stopped` of each set, all answered together."""
+    rows = pandas.concat(sets.values())
+    prompts = [
+        render_prompt(PROMPT_TEMPLATE, question=row.question, context=row.context) for row in rows.itertuples()
+    ]
+    size = ROWS_AT_ONCE[pick_device()[0]]
+    found = {}
+    for batch in generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=size):
+        found |= batch
+    in_order = iter([found[i] for i in range(len(rows))])
+    parts = {name: list(itertools.islice(in_order, len(part))) for name, part in sets.items()}
+    return {
+        name: {
+            "predicted": [extract_sql(one.text) for one in part],
+            "stopped": [one.stopped for one in part],
+        }
+        for name, part in parts.items()
+    }
+
+
+def measure(given: argparse.Namespace, out: Any) -> None:
+    """Train and answer what the command line asks for; writes a line for each training."""
+    tokenizer = load_base_tokenizer(EMBEDDED_BASE)
+    to_train, choice = table_apart(pandas.read_json(given.rows, lines=True))
+    sets = {"choice": choice}
+    if given.validation:
+        sets["validation"] = pandas.read_json(given.validation, lines=True)
+    if given.spider:
+        sets["spider"] = spider_rows(given.spider)
+    if given.all_rows:
+        to_train = pandas.read_json(given.rows, lines=True)
+        del sets["choice"]
+    part, parts = map(int, given.part.split("/"))
+    jobs = [(seed, name) for seed in given.seeds for name in given.recipes][part::parts]
+    for seed, name in jobs:
+        recipe = Recipe(**RECIPES[name])
+        encoded = tokenized(to_train, tokenizer, recipe)
+        data = datasets.DatasetDict(train=encoded, validation=encoded.select([]))
+        start = time.monotonic()
+        model = train(recipe, data, steps=given.steps, seed=seed)
+        middle = time.monotonic()
+        line = {"recipe": name, "steps": given.steps, "seed": seed, "train_seconds": middle - start}
+        line |= {"sets": answers(model, tokenizer, sets)}
+        line["answer_seconds"] = time.monotonic() - middle
+        exact = {
+            key: statistics.mean(map(scoring.exact_match, sets[key]["answer"], found["predicted"]))
+            for key, found in line["sets"].items()
+        }
+        print(json.dumps({k: v for k, v in line.items() if k != "sets"} | {"exact_match": exact}), flush=True)
+        out.write(json.dumps(line) + "\n")
+        out.flush()
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Measure, or print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--validation", type=Path)
+    parser.add_argument("--spider", type=Path)
+    parser.add_argument("--all-rows", action="store_true", help="train on those of `choice` too")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    with given.out.open("a", encoding="utf-8") as out:
+        measure(given, out)
+
+
+if __name__ == "__main__":
+    main()
