@@ -1,13 +1,14 @@
 """What each part of a recipe is worth: the embedded base trained on real rows, one part changed at a time.
 
-Trains by the project's own calls, answers rows with the trained model and scores them. Rows are files of the
-shape of b-mc2/sql-create-context, and a folder of Spider databases with their questions. `choice` is set apart
+Trains by the project's own calls, answers rows with the trained model and scores them. Rows are files in
+b-mc2/sql-create-context's shape, and a folder of Spider databases with their questions. `choice` is set apart
 from --rows by table group and is what recipes are chosen on; --validation and --spider are reported only.
 
     python -m benchmarks.recipe --rows train.jsonl --steps 500 --seeds 0 1 2 --out found.jsonl
     python -m benchmarks.recipe --rows train.jsonl --validation validation.jsonl --spider spider_dev \
         --steps 500 --recipes defaults tutorial --out found.jsonl
-    python -m benchmarks.recipe --table found.jsonl [--databases spider_dev/db]
+    python -m benchmarks.recipe --rows train.jsonl --validation validation.jsonl --spider spider_dev \
+        --table found.jsonl --databases spider_dev/db
 
 A line of --out is one training and its answers. --part 0/4 does every fourth, for processes side by side.
 """
@@ -20,10 +21,10 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
 import bitsandbytes
@@ -42,6 +43,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from steps.text2sql import adapter, memory_plan, preparation, scoring, splits, trainer, training
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device
+from steps.text2sql.sql_execution import QueryError, check_query
 from steps.text2sql.sql_model import (
     EMBEDDED_BASE,
     PROMPT_TEMPLATE,
@@ -51,6 +53,7 @@ from steps.text2sql.sql_model import (
     load_base_tokenizer,
     pick_device,
     render_prompt,
+    repair_sql,
 )
 
 CHOICE_ROWS = 2000
@@ -58,14 +61,16 @@ BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 8, 512, 96
 LORA_R, LORA_ALPHA = 32, 64
 ROWS_AT_ONCE = {"cuda": 4000, "cpu": 32}
 NEVER = 10**9
+QUERY_SECONDS = 5.0
+Scores = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that a recipe may say; the fields' defaults are those of the project.
 
-    `start` is how the adapter begins: `lora` (B is zero), or on the largest directions of the weights (`pissa`,
-    arXiv 2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
+    `start` is how the adapter begins: `lora` (B is zero), or on the largest directions of the weights
+    (`pissa`, arXiv 2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
     """
 
     learning_rate: float = 2e-3
@@ -124,7 +129,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def table_apart(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """Rows to train on, and up to `CHOICE_ROWS` to choose on: whole groups of tables, in the order of seed 0."""
+    """Rows to train on, and up to `CHOICE_ROWS` to choose on: whole groups of tables, drawn with seed 0."""
     group = splits.groups(rows["context"])
     sizes = numpy.bincount(group)
     order = numpy.random.default_rng(0).permutation(len(sizes))
@@ -293,7 +298,7 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
 def answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, sets: dict[str, pandas.DataFrame]
 ) -> dict[str, dict[str, list[Any]]]:
-    """Columns `predicted` and `stopped` of each set, all answered together."""
+    """Columns `generated` and `stopped` of each set, all answered together."""
     rows = pandas.concat(sets.values())
     prompts = [
         render_prompt(PROMPT_TEMPLATE, question=row.question, context=row.context)
@@ -307,62 +312,134 @@ def answers(
     parts = {name: list(itertools.islice(in_order, len(part))) for name, part in sets.items()}
     return {
         name: {
-            "predicted": [extract_sql(one.text) for one in part],
+            "generated": [extract_sql(one.text) for one in part],
             "stopped": [one.stopped for one in part],
         }
         for name, part in parts.items()
     }
 
 
-def measure(given: argparse.Namespace, out: Any) -> None:
-    """Train and answer what the command line asks for; writes a line for each training."""
-    tokenizer = load_base_tokenizer(EMBEDDED_BASE)
-    to_train, choice = table_apart(pandas.read_json(given.rows, lines=True))
-    sets = {"choice": choice}
+def read_rows(given: argparse.Namespace) -> tuple[pandas.DataFrame, dict[str, pandas.DataFrame]]:
+    """Rows to train on, and the sets to answer."""
+    rows = pandas.read_json(given.rows, lines=True)
+    to_train, choice = table_apart(rows)
+    sets = {} if given.all_rows else {"choice": choice}
     if given.validation:
         sets["validation"] = pandas.read_json(given.validation, lines=True)
     if given.spider:
         sets["spider"] = spider_rows(given.spider)
-    if given.all_rows:
-        to_train = pandas.read_json(given.rows, lines=True)
-        del sets["choice"]
+    return rows if given.all_rows else to_train, sets
+
+
+def measure(given: argparse.Namespace, out: TextIO) -> None:
+    """Train and answer what the command line asks for; writes a line for each training."""
+    tokenizer = load_base_tokenizer(EMBEDDED_BASE)
+    to_train, sets = read_rows(given)
     part, parts = map(int, given.part.split("/"))
-    jobs = [(seed, name) for seed in given.seeds for name in given.recipes][part::parts]
-    for seed, name in jobs:
+    for seed, name in [(seed, name) for seed in given.seeds for name in given.recipes][part::parts]:
         recipe = Recipe(**RECIPES[name])
         encoded = tokenized(to_train, tokenizer, recipe)
         data = datasets.DatasetDict(train=encoded, validation=encoded.select([]))
         start = time.monotonic()
         model = train(recipe, data, steps=given.steps, seed=seed)
-        middle = time.monotonic()
-        line = {"recipe": name, "steps": given.steps, "seed": seed, "train_seconds": middle - start}
-        line |= {"sets": answers(model, tokenizer, sets)}
-        line["answer_seconds"] = time.monotonic() - middle
-        exact = {
-            key: statistics.mean(map(scoring.exact_match, sets[key]["answer"], found["predicted"]))
-            for key, found in line["sets"].items()
-        }
-        print(json.dumps({k: v for k, v in line.items() if k != "sets"} | {"exact_match": exact}), flush=True)
+        line = {"recipe": name, "steps": given.steps, "seed": seed, "device": describe_device()}
+        line |= {"train_seconds": time.monotonic() - start, "sets": answers(model, tokenizer, sets)}
         out.write(json.dumps(line) + "\n")
         out.flush()
+        exact = {key: score(sets[key], found)["exact match"] for key, found in line["sets"].items()}
+        print(json.dumps({**line, "sets": exact}), flush=True)
         del model
         gc.collect()
         torch.cuda.empty_cache()
 
 
+# Scores
+
+
+def score(rows: pandas.DataFrame, answered: Mapping[str, list[Any]], databases: Path | None = None) -> Scores:
+    """Shares of the rows: right by exact match as served and as generated, valid SQL, and stopped.
+
+    With a folder of `databases`, also by execution on the real database of each row.
+    """
+    generated = answered["generated"]
+    served = [repair_sql(sql, context) for sql, context in zip(generated, rows["context"], strict=True)]
+    found = {
+        "exact match": list(map(scoring.exact_match, rows["answer"], served)),
+        "unrepaired": list(map(scoring.exact_match, rows["answer"], generated)),
+        "valid": list(map(is_valid, rows["context"], served)),
+        "stopped": answered["stopped"],
+    }
+    if databases and "db" in rows:
+        found["execution"] = [
+            is_right_on(databases / f"{row.db}.sqlite", row.answer, sql)
+            for row, sql in zip(rows.itertuples(), served, strict=True)
+        ]
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+def is_valid(context: str, query: str) -> bool:
+    """Whether a query is sound against its context."""
+    try:
+        check_query(context, query, timeout_seconds=QUERY_SECONDS)
+    except QueryError:
+        return False
+    return True
+
+
+def is_right_on(database: Path, gold: str, query: str) -> bool:
+    """Whether a query returns what gold does on a real database."""
+    return not scoring.execution_difference_on(database, gold, query, timeout_seconds=QUERY_SECONDS)
+
+
+def table(given: argparse.Namespace) -> Iterator[str]:
+    """Lines of Markdown: each recipe's mean over its seeds, with an interval where there are several."""
+    _, sets = read_rows(given)
+    found: dict[tuple[int, str], list[Scores]] = {}
+    for line in map(json.loads, given.table.read_text(encoding="utf-8").splitlines()):
+        scores = {
+            f"{name}, {metric}": value
+            for name, answered in line["sets"].items()
+            if name in sets
+            for metric, value in score(sets[name], answered, given.databases).items()
+        }
+        found.setdefault((line["steps"], line["recipe"]), []).append(scores)
+    columns = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
+    yield f"| recipe | steps | seeds | {' | '.join(columns)} |"
+    yield "| --- " * (len(columns) + 3) + "|"
+    for (steps, recipe), runs in sorted(found.items(), key=lambda item: item[0][0]):
+        cells = [interval([run[name] for run in runs if name in run]) for name in columns]
+        yield f"| {recipe} | {steps} | {len(runs)} | {' | '.join(cells)} |"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean with the half width of its 95 % interval (Student's t over seeds)."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.1%}"
+    if len(values) == 1:
+        return mean
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {100 * student.ppf(0.975, len(values) - 1) * error:.1f}"
+
+
 def main() -> None:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--validation", type=Path)
     parser.add_argument("--spider", type=Path)
     parser.add_argument("--all-rows", action="store_true", help="train on those of `choice` too")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--part", default="0/1")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("recipes.jsonl"))
+    parser.add_argument("--table", type=Path, help="print the scores of an --out, train nothing")
+    parser.add_argument("--databases", type=Path, help="folder with Spider's <db>.sqlite, for --table")
     given = parser.parse_args()
+    if given.table:
+        print("\n".join(table(given)))
+        return
     with given.out.open("a", encoding="utf-8") as out:
         measure(given, out)
 

@@ -1,11 +1,15 @@
 """The scripts of benchmarks/ follow the library; what they measure is small here."""
 
+import json
 import re
+import statistics
 import sys
 
+import pandas
 import pytest
 
-from benchmarks import evaluate_throughput, loss_curve, train_throughput
+from benchmarks import evaluate_throughput, loss_curve, recipe, train_throughput
+from steps.text2sql import sample_data, splits
 from steps.text2sql.sql_model import load_base, load_base_tokenizer
 
 
@@ -36,3 +40,55 @@ def test_an_evaluation_throughput_compares_batches_with_single_rows(tiny_base, m
     evaluate_throughput.main()
     sizes = re.findall(r"^\| (\d+) \| [\d.]+ \| \d+ \| [\d.]+ x \|", capsys.readouterr().out, re.MULTILINE)
     assert sizes[:2] == ["1", "32"]
+
+
+@pytest.fixture
+def recipe_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    pandas.DataFrame(sample_data.generate(7)[::10]).to_json(file, orient="records", lines=True)
+    return file
+
+
+def test_recipes_are_chosen_on_rows_whose_tables_none_is_trained_on(recipe_rows, monkeypatch):
+    monkeypatch.setattr(recipe, "CHOICE_ROWS", 40)
+    rows = pandas.read_json(recipe_rows, lines=True)
+    train, choice = recipe.table_apart(rows)
+    assert len(train) + len(choice) == len(rows)
+    assert 20 < len(choice) <= 40
+    groups = pandas.Series(splits.groups(rows["context"]), index=rows.index)
+    assert set(groups[train.index]).isdisjoint(groups[choice.index])
+
+
+def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "EMBEDDED_BASE", str(tiny_base))
+    monkeypatch.setattr(recipe, "CHOICE_ROWS", 40)
+    monkeypatch.setattr(recipe, "MAX_NEW_TOKENS", 2)
+    out = tmp_path / "found.jsonl"
+    given = ["recipe", "--rows", str(recipe_rows), "--steps", "2", "--seeds", "0", "1", "--out", str(out)]
+    names = ["defaults", "LoftQ", "LoRA+ 4", "balanced lengths", "mean of last 20 %"]
+    monkeypatch.setattr(sys, "argv", [*given, "--recipes", *names])
+    recipe.main()
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["recipe"] for line in lines] == names * 2
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["recipe", "--rows", str(recipe_rows), "--table", str(out)])
+    recipe.main()
+    head, _, *found = capsys.readouterr().out.splitlines()
+    assert "choice, exact match" in head
+    assert [row.split(" | ")[0] for row in found] == [f"| {name}" for name in names]
+
+
+def test_a_score_counts_answers_as_served_and_as_generated():
+    rows = pandas.DataFrame(
+        {"context": ["CREATE TABLE t (mascot TEXT)"] * 4, "answer": ["SELECT mascot FROM t"] * 4}
+    )
+    texts = ["SELECT mascot FROM t", "SELECT masc FROM t", "SELECT 1 FROM t", "SELEC"]
+    found = recipe.score(rows, {"generated": texts, "stopped": [True, True, True, False]})
+    assert found == {"exact match": 0.5, "unrepaired": 0.25, "valid": 0.75, "stopped": 0.75}
+
+
+def test_an_interval_is_students():
+    values = [0.5, 0.6, 0.7]
+    half_width = 4.303 * statistics.stdev(values) / 3**0.5  # t of 2 degrees of freedom
+    assert recipe.interval(values) == f"60.0% ± {100 * half_width:.1f}"
+    assert recipe.interval([0.5]) == "50.0%"
