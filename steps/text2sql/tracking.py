@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -418,6 +419,8 @@ def _quiet() -> None:
         "matplotlib",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for start in ("The specified dataset source can be interpreted", ".*An input example was not provided"):
+        warnings.filterwarnings("ignore", start)
 
 
 def run_id() -> str:
