@@ -84,7 +84,7 @@ def test_scores_are_a_table_with_intervals_and_the_base_beside():
     named = {"scores": SCORES, "evaluated_rows": 100, "evaluation_run": "ab12"}
     scored = section(model_card.render(DESCRIBED, LORA, name="text2sql", **named), "Scores")
     assert scored.startswith("On 100 rows (in run ab12, with every prediction), greedy:")
-    assert "| execution_accuracy | 2.0% | 61.0% | 51.3% to 70.0% |" in scored
+    assert "| execution_accuracy&nbsp; | 2.0% | 61.0% | 51.3% to 70.0% |" in scored
 
 
 @pytest.mark.parametrize("text", ["", "word " * 5000, "line\n" * 5000])
@@ -109,7 +109,7 @@ def test_the_versions_description_is_the_card_of_the_package_with_the_scores_of_
     evaluated = mlflow.get_run(version.tags["evaluation_run_id"])
     metrics = evaluated.data.metrics
     row = [f"{metrics[name]:.1%}" for name in ("base_valid_sql", "valid_sql", "valid_sql_low")]
-    assert f"| valid_sql | {row[0]} | {row[1]} | {row[2]} to {metrics['valid_sql_high']:.1%} |" in after
+    assert f"| valid_sql&nbsp; | {row[0]} | {row[1]} | {row[2]} to {metrics['valid_sql_high']:.1%} |" in after
     assert (
         f"On {metrics['evaluated_rows']:.0f} rows (in run [{evaluated.info.run_id}](#/experiments/" in after
     )

@@ -130,10 +130,12 @@ def _recipe(described: AdapterManifest, lora: Mapping[str, Any]) -> str:
 
 def _scores(scores: Mapping[str, Score], evaluated_rows: int, evaluation_run: str) -> str:
     rows = [
-        f"| {name} | {score.base:.1%} | {score.tuned:.1%} | {score.low:.1%} to {score.high:.1%} |"
+        f"| {name}&nbsp; | {score.base:.1%} | {score.tuned:.1%} | {score.low:.1%} to {score.high:.1%} |"
         for name, score in scores.items()
     ]
-    head = ["| metric | base | this version | 95 % interval |", "| --- | --- | --- | --- |"]
+    # MLflow's page draws tables without any space between columns.
+    titles = ["metric", *(f"&nbsp;{title}&nbsp;" for title in ("base", "this version", "95 % interval"))]
+    head = [f"| {' | '.join(titles)} |", "| --- | --- | --- | --- |"]
     where = f" (in run {evaluation_run}, with every prediction)" if evaluation_run else ""
     return "\n".join([f"On {evaluated_rows} rows{where}, greedy:", "", *head, *rows])
 
