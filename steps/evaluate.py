@@ -150,9 +150,10 @@ def update_card(
         described,
         lora,
         name=version.name,
+        version=version.version,
         scores=model_card.scores_of(metrics),
         evaluated_rows=int(metrics["evaluated_rows"]),
-        evaluation_run=tracking.run_id(),
+        evaluation_run=tracking.run_link(mlflow.active_run(), tracking.run_id()),
     )
     mlflow.MlflowClient().update_model_version(version.name, version.version, description=card)
 

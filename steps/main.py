@@ -2,18 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import mlflow
 from mlflow.entities import Run
-from mlflow.exceptions import ExecutionException
 
-from steps.text2sql import launch_config, mlproject, processes, remote_step, resume, reuse, screen, tracking
+from steps.text2sql import launch_config, mlproject, remote_step, resume, reuse, screen, tracking
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, MainParams, parse_main
 
-Watch = Callable[[processes.Stopper], AbstractContextManager]
 # Parameters of train that are for main alone.
 ELSEWHERE = ("project_backend", "backend_config")
 
@@ -63,7 +61,7 @@ def check_devices(given: Mapping[str, str]) -> None:
 
 
 def run_step(
-    step: str, params: MainParams, *, title: str = "", watch: Watch = nullcontext, **found: str
+    step: str, params: MainParams, *, title: str = "", watch: tracking.Watch = nullcontext, **found: str
 ) -> Run:
     """Run a step as a child of this run, or take a run that finished with the same result.
 
@@ -92,7 +90,9 @@ def run_step(
     return start_step(step, values, fingerprint, watch)
 
 
-def start_step(step: str, values: dict[str, str], fingerprint: str, watch: Watch = nullcontext) -> Run:
+def start_step(
+    step: str, values: dict[str, str], fingerprint: str, watch: tracking.Watch = nullcontext
+) -> Run:
     """Run a step as a child of this run, here or where `project_backend` says; `watch` counts here alone.
 
     Raises:
@@ -105,23 +105,7 @@ def start_step(step: str, values: dict[str, str], fingerprint: str, watch: Watch
     os.environ[tracking.FINGERPRINT_VARIABLE] = fingerprint
     if backend != "local":
         return remote_step.run(step, values, backend=backend, config=config, fingerprint=fingerprint)
-    stopper = processes.Stopper()
-    try:
-        with stopper.listening(), watch(stopper):
-            submitted = mlflow.projects.run(
-                uri=str(tracking.PROJECT),
-                entry_point=step,
-                parameters=values,
-                env_manager="local",
-                run_name=step,
-            )
-    except ExecutionException as error:
-        reason = tracking.end_child(step, stopped_by=stopper.stopped_by)
-        if not stopper.stopped_by:
-            raise UserError(f"{step} failed: {reason}") from error
-    if stopper.stopped_by:
-        raise tracking.Interrupted(stopper.stopped_by)
-    return mlflow.get_run(submitted.run_id)
+    return tracking.run_child(step, values, watch)
 
 
 def finish_dry_run(params: MainParams, runs: dict[str, Run], dataset_uri: str) -> None:

@@ -1,6 +1,8 @@
 """Package an adapter as a model that carries its prompt template, and register it as challenger."""
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -24,8 +26,9 @@ def main(params: RegisterParams) -> None:
         described = manifest.read(AdapterManifest, folder, source=f"adapter_uri={params.adapter_uri}")
         check_match(described, of_dataset, params)
         tracking.tag_data(base_model=of_dataset.base_model, dataset=of_dataset.dataset)
-        card = model_card.render(described, adapter.settings(folder), name=params.registered_model_name)
-        logged = packaging.log_model(folder, described, name=tracking.MODEL, card=card)
+        lora = adapter.settings(folder)
+        card = partial(model_card.render, described, lora, name=params.registered_model_name)
+        logged = packaging.log_model(folder, described, name=tracking.MODEL, card=card())
     log_training_rows(logged.model_id, seen)
     answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
     prompt = prompt_registry.publish(
@@ -68,9 +71,14 @@ def log_training_rows(model_id: str, hashes: list[str]) -> None:
 
 
 def register(
-    model_uri: str, described: AdapterManifest, params: RegisterParams, *, card: str, prompt: str
+    model_uri: str,
+    described: AdapterManifest,
+    params: RegisterParams,
+    *,
+    card: Callable[..., str],
+    prompt: str,
 ) -> ModelVersion:
-    """Register a logged model that works, with its card and its origin as tags, as challenger."""
+    """Register a logged model that works, with its origin as tags and its card, as challenger."""
     source = described.of_dataset
     tags = {
         "base_model": source.base_model,
@@ -83,7 +91,9 @@ def register(
         "global_step": str(described.global_step),
     }
     version = tracking.register_version(model_uri, params.registered_model_name, tags)
-    mlflow.MlflowClient().update_model_version(version.name, version.version, description=card)
+    mlflow.MlflowClient().update_model_version(
+        version.name, version.version, description=card(version=version.version)
+    )
     tracking.point_to_newest(version.name, tracking.CHALLENGER)
     mlflow.set_tags({tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version})
     return version

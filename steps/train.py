@@ -20,7 +20,6 @@ from steps.text2sql import (
     launching,
     manifest,
     memory_plan,
-    mlproject,
     processes,
     ranks,
     resume,
@@ -160,7 +159,7 @@ def how_to_go_on(params: TrainParams) -> str:
     if not ranks.is_first():
         return ""
     values = {name: str(value) for name, value in vars(params).items()} | {"resume_from": tracking.run_id()}
-    return screen.to_go_on("train", mlproject.without_defaults("train", values))
+    return screen.to_go_on("train", values)
 
 
 def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDict]:

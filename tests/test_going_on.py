@@ -90,7 +90,10 @@ def test_one_that_failed_in_register_says_why_and_how_to_go_on(story):
     assert [run.info.status for run in story.steps[1].values()] == ["FINISHED", "FAILED"]
     reason = "register failed: no room for the package"
     assert (story.mains[1].info.status, story.mains[1].data.tags["failure_reason"]) == ("FAILED", reason)
-    assert "To go on:\n  mlflow run " in story.printed[1].split(reason)[-1]
+    command = story.printed[1].split(reason)[-1].split("To go on:\n")[1].splitlines()[0]
+    assert command.startswith("  mlflow run ")
+    assert f"-P base_model={story.values['base_model']}" in command
+    assert "promotion=auto" not in command
 
 
 def test_one_that_failed_in_register_does_not_train_again(story):

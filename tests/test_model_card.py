@@ -62,6 +62,20 @@ def test_it_names_data_base_licence_recipe_limits_and_use():
     assert 'mlflow.pyfunc.load_model("models:/text2sql@champion")' in section(card, "Use")
 
 
+def test_its_first_line_tells_versions_apart():
+    assert model_card.render(DESCRIBED, LORA, name="text2sql", version="7").startswith(
+        "# text2sql version 7\n"
+    )
+    card = model_card.render(DESCRIBED, LORA, name="text2sql", version="7", scores=SCORES)
+    assert card.startswith("# text2sql version 7 (execution_accuracy 61.0%)\n")
+
+
+def test_the_card_of_a_version_says_how_to_use_that_version():
+    use = section(model_card.render(DESCRIBED, LORA, name="text2sql", version="7"), "Use")
+    assert use.count("models:/text2sql/7") == 3
+    assert "champion" not in use
+
+
 def test_without_scores_it_says_so():
     assert section(model_card.render(DESCRIBED, LORA, name="text2sql"), "Scores") == "Not evaluated yet.\n"
 
@@ -69,14 +83,14 @@ def test_without_scores_it_says_so():
 def test_scores_are_a_table_with_intervals_and_the_base_beside():
     named = {"scores": SCORES, "evaluated_rows": 100, "evaluation_run": "ab12"}
     scored = section(model_card.render(DESCRIBED, LORA, name="text2sql", **named), "Scores")
-    assert scored.startswith("On 100 rows (in run `ab12`, with every prediction), greedy:")
-    assert "| execution_accuracy | 2.0% | 61.0% | 51.3% to 70.0% |" in scored
+    assert scored.startswith("On 100 rows (in run ab12, with every prediction), greedy:")
+    assert "| execution_accuracy&nbsp; | 2.0% | 61.0% | 51.3% to 70.0% |" in scored
 
 
 @pytest.mark.parametrize("text", ["", "word " * 5000, "line\n" * 5000])
 def test_a_licence_however_long_leaves_room_for_the_card_on_a_server(text):
     described = AdapterManifest(**vars(DESCRIBED) | {"dataset": DESCRIBED.dataset | {"base_license": text}})
-    many = {f"{i}_{'x' * 20}": SCORES["execution_accuracy"] for i in range(20)}
+    many = SCORES | {f"{i}_{'x' * 20}": SCORES["execution_accuracy"] for i in range(20)}
     card = model_card.render(described, LORA, name="text2sql", scores=many, evaluated_rows=100)
     assert len(card) < model_card.MAX_CHARACTERS
 
@@ -88,10 +102,14 @@ def test_the_versions_description_is_the_card_of_the_package_with_the_scores_of_
     assert "6 of 6 optimizer steps" in packaged
     before, after = section(packaged, "Scores"), section(version.description, "Scores")
     assert before == "Not evaluated yet.\n"
-    assert packaged.replace(before, after) == version.description
+    named = packaged.replace("models:/text2sql@champion", "models:/text2sql/1")
+    title = version.description.splitlines()[0]
+    assert named.replace("# text2sql", title, 1).replace(before, after) == version.description
     # The newest evaluation: other tests score this version too.
     evaluated = mlflow.get_run(version.tags["evaluation_run_id"])
     metrics = evaluated.data.metrics
     row = [f"{metrics[name]:.1%}" for name in ("base_valid_sql", "valid_sql", "valid_sql_low")]
-    assert f"| valid_sql | {row[0]} | {row[1]} | {row[2]} to {metrics['valid_sql_high']:.1%} |" in after
-    assert f"On {metrics['evaluated_rows']:.0f} rows (in run `{evaluated.info.run_id}`" in after
+    assert f"| valid_sql&nbsp; | {row[0]} | {row[1]} | {row[2]} to {metrics['valid_sql_high']:.1%} |" in after
+    assert (
+        f"On {metrics['evaluated_rows']:.0f} rows (in run [{evaluated.info.run_id}](#/experiments/" in after
+    )

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import mlflow
 import psutil
 import pytest
 
-from steps.text2sql import processes
+from steps.text2sql import processes, tracking
+from tests.conftest import Forked
 
 DEAF = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
@@ -25,6 +28,8 @@ processes.stop_with_launchers()
 print(os.getpid(), flush=True)
 time.sleep(600)
 """
+# A project whose step would take long, and says when it has begun.
+SLEEPING = "name: sleeping\nentry_points:\n  evaluate:\n    command: touch begun; exec sleep 600\n"
 LIMIT_SECONDS = 60
 
 
@@ -75,6 +80,22 @@ def test_without_a_signal_nothing_is_touched_and_handlers_go_back(family):
     assert process.poll() is None
     assert all(one.is_running() for one in members)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_ends_the_step_that_a_step_started_and_kills_both_runs(store, tmp_path, monkeypatch):
+    (tmp_path / "MLproject").write_text(SLEEPING)
+    monkeypatch.setattr(tracking, "PROJECT", tmp_path)
+    with Forked(lambda: tracking.run_in_run(lambda: tracking.run_child("evaluate", {}))) as process:
+        end = time.monotonic() + LIMIT_SECONDS
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(LIMIT_SECONDS) == 1
+    assert not any(processes._is_alive(one) for one in family)
+    runs = mlflow.search_runs(output_format="list")
+    assert [(run.info.status, run.data.tags["stopped_by"]) for run in runs] == [("KILLED", "SIGTERM")] * 2
 
 
 def test_a_step_ends_when_its_launcher_is_killed(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy
 import pandas
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 
 def token_lengths(lengths: Sequence[int], *, max_length: int) -> Figure:
@@ -23,10 +23,14 @@ def loss_curve(train: Sequence[tuple[int, float]], validation: Sequence[tuple[in
     """Training and validation loss, each as (step, mean negative log likelihood of an answer token)."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for points, style, name in ((train, "-", "train"), (validation, "o--", "validation")):
+    for points, style, name in (
+        (train, ".-" if len(train) < 50 else "-", "train"),
+        (validation, "o--", "validation"),
+    ):
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name)
     axes.set(xlabel="optimizer step", ylabel="loss (nats an answer token)", title="Loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

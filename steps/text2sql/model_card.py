@@ -25,14 +25,16 @@ def render(
     lora: Mapping[str, Any],
     *,
     name: str,
+    version: str = "",
     scores: Mapping[str, Score] | None = None,
     evaluated_rows: int = 0,
     evaluation_run: str = "",
 ) -> str:
-    """The card as Markdown, under `MAX_CHARACTERS` long.
+    """The card as Markdown, under `MAX_CHARACTERS` long; lists of versions show its first line.
 
-    `lora` is what peft wrote as adapter_config.json, `name` the registered model's, `scores` are by metric
-    and from `evaluated_rows` rows of the evaluate run `evaluation_run`.
+    `lora` is what peft wrote as adapter_config.json, `name` the registered model's; its
+    `version` is not known when the package is logged. `scores` are by metric and from `evaluated_rows` rows
+    of an evaluate run, named or linked in Markdown by `evaluation_run`.
     """
     source = described.of_dataset
     scored = _scores(scores, evaluated_rows, evaluation_run) if scores else "Not evaluated yet."
@@ -42,11 +44,12 @@ def render(
         "Recipe": _recipe(described, lora),
         "Scores": scored,
         "Limits": LIMITS,
-        "Use": USE.format(name=name),
+        "Use": USE.format(uri=f"models:/{name}/{version}" if version else f"models:/{name}@champion"),
     }
     intro = "Writes an SQL query for a question and, as context, the `CREATE TABLE` statements of its tables."
+    title = " ".join(filter(None, [name, version and f"version {version}", scores and _headline(scores)]))
     return (
-        "\n\n".join([f"# {name}", intro, *(f"## {title}\n\n{text}" for title, text in sections.items())])
+        "\n\n".join([f"# {title}", intro, *(f"## {title}\n\n{text}" for title, text in sections.items())])
         + "\n"
     )
 
@@ -75,13 +78,13 @@ USE = """\
 ```python
 import mlflow
 
-model = mlflow.pyfunc.load_model("models:/{name}@champion")
+model = mlflow.pyfunc.load_model("{uri}")
 model.predict([{{"question": "How many heads are there?", "context": "CREATE TABLE head (age INTEGER)"}}])
 
-pipeline = mlflow.transformers.load_model("models:/{name}@champion")  # takes filled prompt templates
+pipeline = mlflow.transformers.load_model("{uri}")  # takes filled prompt templates
 ```
 
-`mlflow models serve -m models:/{name}@champion --env-manager uv` serves it."""
+`mlflow models serve -m {uri} --env-manager uv` serves it."""
 
 
 def license_name(text: str) -> str:
@@ -127,12 +130,20 @@ def _recipe(described: AdapterManifest, lora: Mapping[str, Any]) -> str:
 
 def _scores(scores: Mapping[str, Score], evaluated_rows: int, evaluation_run: str) -> str:
     rows = [
-        f"| {name} | {score.base:.1%} | {score.tuned:.1%} | {score.low:.1%} to {score.high:.1%} |"
+        f"| {name}&nbsp; | {score.base:.1%} | {score.tuned:.1%} | {score.low:.1%} to {score.high:.1%} |"
         for name, score in scores.items()
     ]
-    head = ["| metric | base | this version | 95 % interval |", "| --- | --- | --- | --- |"]
-    where = f" (in run `{evaluation_run}`, with every prediction)" if evaluation_run else ""
+    # MLflow's page draws tables without any space between columns.
+    titles = ["metric", *(f"&nbsp;{title}&nbsp;" for title in ("base", "this version", "95 % interval"))]
+    head = [f"| {' | '.join(titles)} |", "| --- | --- | --- | --- |"]
+    where = f" (in run {evaluation_run}, with every prediction)" if evaluation_run else ""
     return "\n".join([f"On {evaluated_rows} rows{where}, greedy:", "", *head, *rows])
+
+
+def _headline(scores: Mapping[str, Score]) -> str:
+    shares = {name: score.tuned for name, score in scores.items()}
+    metric = scoring.headline(shares)
+    return f"({metric} {shares[metric]:.1%})"
 
 
 def _list(*lines: str) -> str:

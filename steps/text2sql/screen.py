@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from steps.text2sql import scoring, tracking
+from steps.text2sql import mlproject, scoring, tracking
 
 # A question that also a shortly trained model should get right.
 EXAMPLE = {
@@ -33,8 +33,8 @@ def reused(run_id: str, end_time_ms: int) -> str:
 
 
 def to_go_on(step: str, values: Mapping[str, str]) -> str:
-    """What to type after a step was stopped."""
-    return f"To go on:\n  {step_command(step, values)}"
+    """What to type after a step was stopped; values that are defaults are left out."""
+    return f"To go on:\n  {step_command(step, mlproject.without_defaults(step, values))}"
 
 
 def estimates(

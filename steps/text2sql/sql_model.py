@@ -41,6 +41,8 @@ from transformers import (
 )
 
 logger = logging.getLogger(__name__)
+# It asks for a package that is not needed, each time that a model loads on a CPU.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 PROMPT_TEMPLATE = """\
 You are a powerful text-to-SQL model. Given the SQL tables and natural language question, your job is to \

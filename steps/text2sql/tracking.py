@@ -10,8 +10,9 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -95,6 +96,7 @@ SOURCE_TAGS = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_COMMIT, MLFLOW_GIT_BRANCH, MLFLOW_
 FINGERPRINT_VARIABLE = "TEXT2SQL_FINGERPRINT"
 PROJECT = Path(__file__).parents[2]
 Params = TypeVar("Params")
+Watch = Callable[[processes.Stopper], AbstractContextManager]
 
 
 class Point(NamedTuple):
@@ -417,6 +419,8 @@ def _quiet() -> None:
         "matplotlib",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for start in ("The specified dataset source can be interpreted", ".*An input example was not provided"):
+        warnings.filterwarnings("ignore", start)
 
 
 def run_id() -> str:
@@ -429,18 +433,31 @@ def store_uri() -> str:
     return mlflow.get_tracking_uri()
 
 
-def run_child(step: str, values: Mapping[str, str]) -> Run:
+def run_child(step: str, values: Mapping[str, str], watch: Watch = nullcontext) -> Run:
     """Run a step as a child of this run, in this environment, a process of its own.
+
+    A signal is passed on to all its processes. `watch` runs around it, and may stop it.
 
     Raises:
         UserError: it failed; its own message stands above on the screen.
+        Interrupted: a signal came, and no process of the step is left.
     """
+    stopper = processes.Stopper(announce=not is_chained())  # else main has said it
     try:
-        submitted = mlflow.projects.run(
-            uri=str(PROJECT), entry_point=step, parameters=dict(values), env_manager="local", run_name=step
-        )
+        with stopper.listening(), watch(stopper):
+            submitted = mlflow.projects.run(
+                uri=str(PROJECT),
+                entry_point=step,
+                parameters=dict(values),
+                env_manager="local",
+                run_name=step,
+            )
     except ExecutionException as error:
-        raise UserError(f"{step} failed; its message stands above. {error}") from error
+        reason = end_child(step, stopped_by=stopper.stopped_by)
+        if not stopper.stopped_by:
+            raise UserError(f"{step} failed: {reason}") from error
+    if stopper.stopped_by:
+        raise Interrupted(stopper.stopped_by)
     return mlflow.get_run(submitted.run_id)
 
 
