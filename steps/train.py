@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from steps.text2sql import (
+    active_run,
     adapter,
+    artifacts,
     base_model,
     collectives,
     figures,
@@ -24,15 +26,16 @@ from steps.text2sql import (
     processes,
     ranks,
     resume,
+    run_log,
     screen,
     sharding,
-    tracking,
+    step_run,
     training,
 )
 from steps.text2sql.adapter import ParameterCount
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device, operations_per_second
-from steps.text2sql.errors import UserError
+from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.outputs import NoOutputs, Outputs
 from steps.text2sql.params import TrainParams
@@ -113,7 +116,7 @@ def fit(
     """Train from the start or from a checkpoint, and keep adapter and curves.
 
     Raises:
-        tracking.Interrupted: a signal came; there is a checkpoint of the last step.
+        Interrupted: a signal came; there is a checkpoint of the last step.
     """
     reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size, **speed)
     with checkpoint_for_all(params.resume_from, outputs.recipe) as resume_from:
@@ -132,10 +135,10 @@ def fit(
             )
     if checkpoints.stopped_by:
         processes.ignore_terminations()  # a checkpoint is on its way to the store
-        raise tracking.Interrupted(checkpoints.stopped_by, how_to_go_on(params))
+        raise Interrupted(checkpoints.stopped_by, how_to_go_on(params))
     outputs.keep_adapter(settings.max_steps)
-    tracking.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
-    tracking.log_metrics(train_loss_mean=mean_loss)
+    run_log.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
+    run_log.log_metrics(train_loss_mean=mean_loss)
 
 
 @contextmanager
@@ -159,14 +162,14 @@ def how_to_go_on(params: TrainParams) -> str:
     """What to type after this training was stopped; only the first of several processes says it."""
     if not ranks.is_first():
         return ""
-    values = {name: str(value) for name, value in vars(params).items()} | {"resume_from": tracking.run_id()}
+    values = {name: str(value) for name, value in vars(params).items()} | {"resume_from": active_run.run_id()}
     return screen.to_go_on("train", mlproject.without_defaults("train", values))
 
 
 def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDict]:
     """What prepare_data made, for a base that this machine can train; the run is tagged with both."""
     described, data = load_data(params.dataset_uri)
-    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
+    run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     return described, data
 
@@ -175,7 +178,7 @@ def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
     """What prepare_data made; fetched once a machine."""
 
     def download() -> AbstractContextManager[Path]:
-        return tracking.downloaded(dataset_uri, parameter="dataset_uri", needs=manifest.FILE)
+        return artifacts.downloaded(dataset_uri, parameter="dataset_uri", needs=manifest.FILE)
 
     with collectives.once_a_machine(download) as folder:
         described = manifest.read(DatasetManifest, folder, source=f"dataset_uri={dataset_uri}")
@@ -184,7 +187,7 @@ def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
 
 def dry_run(params: TrainParams) -> None:
     """Say what a training in one process would choose and take, from shapes alone: no weights are fetched."""
-    tracking.tag_dry_run()
+    run_log.tag_dry_run()
     described, data = open_data(params)
     base, (device, dtype) = base_model.skeleton(described.base_model), pick_device()
     held, lora = base_model.held(base, params.quantization, dtype), lora_settings(params)
@@ -206,7 +209,7 @@ def dry_run(params: TrainParams) -> None:
         step_tokens=step_tokens,
     )
     tokens = step_tokens * settings.max_steps
-    tracking.log_choices(
+    run_log.log_choices(
         torch_compile=choose_compile(params, tokens=tokens, **speed),
         **screen.estimates(
             rows=len(data["train"]),
@@ -246,8 +249,8 @@ def load_model(
     model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
     count = adapter.count_parameters(model)
     quantization = quantization_config(params.quantization, pick_device()[1], storage=storage)
-    tracking.log_settings("lora", model.peft_config["default"].to_dict())
-    tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
+    run_log.log_settings("lora", model.peft_config["default"].to_dict())
+    run_log.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     log_base(params, described, count)
     if ranks.is_sharded():
         sharding.shard(model)
@@ -266,13 +269,13 @@ def lora_settings(params: TrainParams) -> LoraConfig:
 
 def log_base(params: TrainParams, described: DatasetManifest, count: ParameterCount) -> None:
     """Say what is trained, on what and where."""
-    tracking.log_choices(
+    run_log.log_choices(
         device=describe_device(),
         processes=describe_processes(),
         base_model=f"{described.base_model}, quantization {params.quantization}",
         trainable=f"{count.trainable:,} of {count.all:,} parameters ({count.share:.2%})",
     )
-    tracking.log_metrics(
+    run_log.log_metrics(
         trainable_parameters=count.trainable, all_parameters=count.all, trainable_share=count.share
     )
 
@@ -309,7 +312,7 @@ def plan_memory(
         micro_batch_tokens=params.micro_batch_tokens,
         sharded=ranks.is_sharded(),
     )
-    tracking.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
+    run_log.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
     return plan
 
 
@@ -327,7 +330,7 @@ def speed_settings(
     chosen = choose_compile(params, tokens=tokens, **speed)
     if chosen == "yes":
         training.compile_layers(model)
-    tracking.log_choices(torch_compile=chosen)
+    run_log.log_choices(torch_compile=chosen)
     return speed
 
 
@@ -366,7 +369,7 @@ def trainer_settings(
     chosen = training.resolve_auto(
         vars(params), frozen_parameters=frozen_parameters, steps=steps, device=pick_device()[0]
     )
-    tracking.log_choices(**{name: str(value) for name, value in chosen.items()}, steps=str(steps))
+    run_log.log_choices(**{name: str(value) for name, value in chosen.items()}, steps=str(steps))
     settings = training.arguments(
         Path(tempfile.gettempdir()),
         steps=steps,
@@ -379,9 +382,9 @@ def trainer_settings(
         logging_steps=params.logging_steps,
         seed=params.seed,
     )
-    tracking.log_settings("trainer", settings.to_dict())
+    run_log.log_settings("trainer", settings.to_dict())
     return settings
 
 
 if __name__ == "__main__":
-    tracking.run_step(TrainParams, main, user_errors=(BaseModelError,))
+    step_run.run_step(TrainParams, main, user_errors=(BaseModelError,))

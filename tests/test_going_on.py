@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from steps import main
-from steps.text2sql import packaging, params, tracking, training
+from steps.text2sql import lost_runs, packaging, params, training
 from steps.text2sql.errors import UserError
 from tests import conftest
 from tests.conftest import QUICK, Forked, defaults, plain_rows, tracking_at, words, write_jsonl
@@ -73,7 +73,7 @@ def story(new_store, tiny_base, tmp_path_factory):
 
 def test_a_pipeline_that_was_killed_is_failed_when_the_next_one_begins(story):
     for run in (story.mains[0], story.steps[0]["train"]):
-        assert (run.info.status, run.data.tags["failure_reason"]) == ("FAILED", tracking.LOST)
+        assert (run.info.status, run.data.tags["failure_reason"]) == ("FAILED", lost_runs.LOST)
         assert f"Run {run.info.run_id} " in story.printed[1]
     assert story.steps[0]["prepare_data"].info.status == "FINISHED"
 

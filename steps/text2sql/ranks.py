@@ -3,14 +3,16 @@
 Nothing here loads torch. A process that was not launched so is the first of one.
 """
 
+import functools
 import json
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # Where processes say how they ended, for the one that launched them and owns their run.
 ENDINGS_VARIABLE = "TEXT2SQL_ENDINGS"
@@ -44,6 +46,17 @@ def count_here() -> int:
 def is_first() -> bool:
     """Whether this is the process that talks to MLflow and to the user."""
     return index() == 0
+
+
+def of_first_process(log: Callable[..., None]) -> Callable[..., None]:
+    """Do nothing in all but the first of several processes: it alone talks to MLflow and to the user."""
+
+    @functools.wraps(log)
+    def logged(*given: Any, **named: Any) -> None:
+        if is_first():
+            log(*given, **named)
+
+    return logged
 
 
 def is_sharded() -> bool:
