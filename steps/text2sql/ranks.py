@@ -64,6 +64,14 @@ def is_sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def describe() -> str:
+    """How many train, and what is divided among them."""
+    if count() == 1:
+        return "1"
+    divided = "rows and base (FSDP)" if is_sharded() else "rows"
+    return f"{count()}, {count_here()} on this machine, {divided} divided among them"
+
+
 def has_launcher() -> bool:
     """Whether a step of this project launched this process, and owns the run."""
     return ENDINGS_VARIABLE in os.environ
