@@ -186,7 +186,9 @@ class Averaging(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: PeftModel, **kwargs: Any) -> None:
         """Take the mean."""
-        for one, mean in zip((one for one in model.parameters() if one.requires_grad), self.mean, strict=True):
+        for one, mean in zip(
+            (one for one in model.parameters() if one.requires_grad), self.mean, strict=True
+        ):
             one.data.copy_(mean)
 
 
@@ -294,7 +296,8 @@ def answers(
     """Columns `predicted` and `stopped` of each set, all answered together."""
     rows = pandas.concat(sets.values())
     prompts = [
-        render_prompt(PROMPT_TEMPLATE, question=row.question, context=row.context) for row in rows.itertuples()
+        render_prompt(PROMPT_TEMPLATE, question=row.question, context=row.context)
+        for row in rows.itertuples()
     ]
     size = ROWS_AT_ONCE[pick_device()[0]]
     found = {}

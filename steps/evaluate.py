@@ -51,11 +51,11 @@ def main(params: EvaluateParams) -> None:
         described = packaging.read_manifest(package, source=source)
         rows = gather(params, described.of_dataset, folder)
         answers = generate(packaging.load(package, source=source), rows, batch_size=params.eval_batch_size)
-        verdicts = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
+        verdicts, unrepaired = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
         model_id = packaging.model_id(package)
         lora = adapter.settings(package / transformers_flavor.ADAPTER)
     run_log.tag_data(base_model=described.of_dataset.base_model, dataset=described.of_dataset.dataset)
-    metrics = keep(version, model_id, rows, answers, verdicts)
+    metrics = keep(version, model_id, rows, answers, verdicts, unrepaired)
     update_card(version, metrics, described, lora)
 
 
@@ -89,12 +89,15 @@ def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int | Auto)
 
 def score(
     rows: pandas.DataFrame, answers: dict[str, list], databases: Path, *, timeout_seconds: float
-) -> dict[str, list]:
-    """Verdicts of both."""
-    return {
-        prefix: evaluation.judge(rows, given, databases=databases, timeout_seconds=timeout_seconds)
-        for prefix, given in answers.items()
+) -> tuple[dict[str, list], dict[str, float]]:
+    """Verdicts of both; and shares of the tuned model's answers without repair, for comparison."""
+    limits = {"databases": databases, "timeout_seconds": timeout_seconds}
+    queries = {prefix: evaluation.served(rows, given) for prefix, given in answers.items()}
+    verdicts = {
+        prefix: evaluation.judge(rows, answers[prefix], queries[prefix], **limits) for prefix in answers
     }
+    plain = evaluation.unrepaired(rows, answers[TUNED], queries[TUNED], verdicts[TUNED], **limits)
+    return verdicts, scoring.metrics(plain, prefix=scoring.UNREPAIRED_PREFIX)
 
 
 def keep(
@@ -103,9 +106,10 @@ def keep(
     rows: pandas.DataFrame,
     answers: dict[str, list],
     verdicts: dict[str, list],
+    unrepaired: dict[str, float],
 ) -> dict[str, float]:
     """Log all that there is to read, and link version and run to each other; the metrics come back."""
-    metrics = evaluation.metrics(verdicts)
+    metrics = evaluation.metrics(verdicts) | unrepaired
     predictions = evaluation.predictions(rows, answers, verdicts)
     headline = scoring.headline(metrics)
     right = {prefix: predictions[f"{prefix}{headline}"] for prefix in (TUNED, BASE)}

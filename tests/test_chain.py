@@ -400,13 +400,22 @@ def test_the_signature_asks_for_a_question_and_takes_a_context(chain):
         "max_new_tokens": ("long", 256),
         "repetition_penalty": ("double", 1.0),
         "return_full_text": ("boolean", False),
+        "repair": ("boolean", True),
     }
     assert [output.type.name for output in signature.outputs] == ["string"]
 
 
+def mended(texts, rows):
+    """What is served of generated texts."""
+    return [
+        sql_model.repair_sql(sql_model.extract_sql(text), row["context"])
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
 def test_the_champion_writes_the_tokens_of_the_trained_model(served, adapter_folder, tiny_base):
     expected = written_by_hand(adapter_folder, tiny_base, QUESTIONS)
-    assert served["plain"] == [sql_model.extract_sql(text) for text in expected]
+    assert served["plain"] == mended(expected, QUESTIONS)
     assert served["steps"] == []
 
 
@@ -421,12 +430,12 @@ def test_a_question_without_a_context_column_is_answered_as_with_an_empty_contex
 ):
     rows = [row | {"context": ""} for row in QUESTIONS]
     texts = written_by_hand(adapter_folder, tiny_base, rows)
-    assert served["no_context"] == [sql_model.extract_sql(text) for text in texts]
+    assert served["no_context"] == mended(texts, rows)
 
 
 def test_the_base_is_moved_at_load_time(served, adapter_folder, moved_base):
     expected = written_by_hand(adapter_folder, moved_base, QUESTIONS)
-    assert served["moved"] == [sql_model.extract_sql(text) for text in expected]
+    assert served["moved"] == mended(expected, QUESTIONS)
     assert served["moved"] != served["plain"]
 
 

@@ -225,10 +225,11 @@ def test_execution_accuracy_is_absent_where_one_row_could_not_be_run():
 def test_the_comparison_has_a_line_for_each_metric_base_first():
     found = {"exact_match": 0.5, "exact_match_low": 0.25, "exact_match_high": 0.75, "base_exact_match": 0.0}
     found |= {"stopped": 0.999, "stopped_low": 0.9, "stopped_high": 1.0, "base_stopped": 0.125}
+    found |= {"unrepaired_exact_match": 0.375, "unrepaired_stopped": 0.999}
     text = scoring.comparison({**found, "other": 3.0}, base_prefix="base_")
     assert [line.split() for line in text.splitlines()] == [
-        ["base", "tuned", "95", "%", "interval"],
-        ["exact_match", "0.0%", "50.0%", "25.0%", "to", "75.0%"],
-        ["stopped", "12.5%", "99.9%", "90.0%", "to", "100.0%"],
+        ["base", "tuned", "95", "%", "interval", "unrepaired"],
+        ["exact_match", "0.0%", "50.0%", "25.0%", "to", "75.0%", "37.5%"],
+        ["stopped", "12.5%", "99.9%", "90.0%", "to", "100.0%", "99.9%"],
     ]
     assert len({len(line) for line in text.splitlines()[1:]}) == 1  # the columns stand under each other

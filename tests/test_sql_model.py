@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorForSeq2Seq
 
-from steps.text2sql import sql_model
+from steps.text2sql import sample_data, sql_model
 from steps.text2sql.sql_model import BaseModelError
 from tests.conftest import tiny_tokenizer
 
@@ -99,6 +99,70 @@ def test_default_prompt_has_a_block_each_for_table_question_and_response():
 )
 def test_extract_sql_drops_fences_and_further_blocks_only(text, sql):
     assert sql_model.extract_sql(text) == sql
+
+
+CONTEXT = (
+    "CREATE TABLE station (name VARCHAR, mascot VARCHAR, price__$_ INTEGER); CREATE TABLE train (Id INTEGER)"
+)
+
+
+@pytest.mark.parametrize(
+    ("generated", "repaired"),
+    [
+        ("SELECT masc FROM station", "SELECT mascot FROM station"),
+        ("SELECT MAX(price__$) FROM stations", "SELECT MAX(price__$_) FROM station"),
+        ("SELECTmascot FROM station", "SELECT mascot FROM station"),
+        ("SELECT t1.mascott FROM station AS t1", "SELECT t1.mascot FROM station AS t1"),
+        ("SELECT name FROM station WHERE mascot = 18%", 'SELECT name FROM station WHERE mascot = "18%"'),
+        (
+            "SELECT name FROM station WHERE mascot > 2,960 AND name = 4th street",
+            'SELECT name FROM station WHERE mascot > "2,960" AND name = "4th street"',
+        ),
+        (
+            "SELECT Id FROM train WHERE Id IN (SELECT name FROM station WHERE name = 2–3)",
+            'SELECT Id FROM train WHERE Id IN (SELECT name FROM station WHERE name = "2–3")',
+        ),
+        ('SELECT name FROM station WHERE mascot = "cat', 'SELECT name FROM station WHERE mascot = "cat"'),
+        (
+            'SELECT name FROM station WHERE mascot = "cat AND name = "north"',
+            'SELECT name FROM station WHERE mascot = "cat" AND name = "north"',
+        ),
+    ],
+)
+def test_repair_mends_names_constants_and_open_texts(generated, repaired):
+    assert sql_model.repair_sql(generated, CONTEXT) == repaired
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        "SELECT name FROM station WHERE mascot = \"masc\" AND name <> 'stations'",
+        "SELECT T1.name FROM station AS T1 JOIN train AS T2 ON T1.name = T2.Id WHERE T2.Id > 1.5e3 LIMIT 3",
+        "SELECT COUNT(*) AS trains FROM train GROUP BY Id HAVING COUNT(*) >= 2 ORDER BY trains DESC",
+        "SELECT name FROM station s WHERE price__$_ = (SELECT MAX(price__$_) FROM station) - 1",
+        "SELECT name FROM station WHERE price__$_ > 2 * Id + 3 AND name = -7",
+        "SELECT name FROM station WHERE name BETWEEN 1 AND 2 UNION SELECT Id FROM train",
+        "SELECT ROUND(AVG(price__$_), 2) FROM station WHERE mascot IS NOT NULL;",
+        "SELECT nonsense FROM elsewhere",  # nothing in the context is similar
+    ],
+)
+def test_repair_leaves_a_sound_query_as_it_is(sound):
+    assert sql_model.repair_sql(sound, CONTEXT) == sound
+
+
+def test_repair_changes_no_built_in_answer():
+    rows = sample_data.generate(42)
+    changed = [row for row in rows if sql_model.repair_sql(row["answer"], row["context"]) != row["answer"]]
+    assert len(rows) > 1000
+    assert changed == []
+
+
+def test_what_is_served_is_repaired_unless_a_request_says_no():
+    model = sql_model.SQLModel()
+    model.answer = lambda rows, **_: iter([{0: sql_model.Generated("SELECT masc FROM station", True)}])
+    row = pandas.DataFrame([{"question": "Which?", "context": CONTEXT}])
+    assert model.predict(None, row) == ["SELECT mascot FROM station"]
+    assert model.predict(None, row, {"repair": False}) == ["SELECT masc FROM station"]
 
 
 def test_text_that_spells_a_special_token_is_encoded_as_text(base):

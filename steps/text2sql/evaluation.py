@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas
 from tqdm import tqdm
@@ -16,12 +17,14 @@ from steps.text2sql.sql_model import (
     encode_prompts,
     extract_sql,
     pick_device,
+    repair_sql,
 )
 
 # New tokens beyond the longest gold answer: room for a longer but right query, and for EOS.
 BUDGET_MARGIN_TOKENS = 16
 # More rows at once bring nothing: rows that have stopped wait for the last one of their batch.
-MAX_BATCH_SIZE = 64
+# On a CPU the keys and values of more do not stay near the cores: 32 at once were a fifth faster than 64.
+MAX_BATCH_SIZE = {"cuda": 64, "cpu": 32}
 # The rest is for the allocator's gaps and for what other programs take meanwhile.
 MEMORY_SHARE = 0.5
 # Hidden states, queries, keys and values, and an MLP of four times the hidden size with its gate.
@@ -37,12 +40,13 @@ def find_batch_size(model: SQLModel, rows: pandas.DataFrame, *, max_new_tokens: 
     """Rows to generate at once in `free` bytes, 1 to `MAX_BATCH_SIZE`, if all were as long as the longest."""
     prompts = model.prompts(rows)
     longest = max(map(len, encode_prompts(model.tokenizer, prompts)))
+    device, dtype = pick_device()
     needed = bytes_per_row(
         model.model.config.get_text_config(),
         tokens=longest + max_new_tokens,
-        value_bytes=pick_device()[1].itemsize,
+        value_bytes=dtype.itemsize,
     )
-    return max(1, min(MAX_BATCH_SIZE, int(free * MEMORY_SHARE / needed)))
+    return max(1, min(MAX_BATCH_SIZE[device], int(free * MEMORY_SHARE / needed)))
 
 
 def bytes_per_row(config: PretrainedConfig, *, tokens: int, value_bytes: int) -> int:
@@ -73,22 +77,56 @@ def answer(
     return [found[i] for i in range(len(rows))]
 
 
+def served(rows: pandas.DataFrame, answers: Sequence[Generated]) -> list[str]:
+    """SQL in the order of the rows, as the served model returns it."""
+    found = [extract_sql(given.text) for given in answers]
+    return [repair_sql(sql, context) for sql, context in zip(found, rows["context"], strict=True)]
+
+
 def judge(
-    rows: pandas.DataFrame, answers: Sequence[Generated], *, databases: Path, timeout_seconds: float
+    rows: pandas.DataFrame,
+    answers: Sequence[Generated],
+    queries: Sequence[str],
+    *,
+    databases: Path,
+    timeout_seconds: float,
 ) -> list[scoring.Verdict]:
-    """Verdicts in the order of the rows; a row's `database` is a path below `databases`."""
+    """Verdicts on `queries`, those of `answers`, in the order of the rows.
+
+    A row's `database` is a path below `databases`.
+    """
     names = rows[DATABASE] if DATABASE in rows else [None] * len(rows)
     return [
         scoring.judge(
             context=row.context,
             gold=row.answer,
-            predicted=extract_sql(given.text),
+            predicted=query,
             stopped=given.stopped,
             database=databases / name if name else None,
             timeout_seconds=timeout_seconds,
         )
-        for row, given, name in zip(rows.itertuples(), answers, names, strict=True)
+        for row, given, query, name in zip(rows.itertuples(), answers, queries, names, strict=True)
     ]
+
+
+def unrepaired(
+    rows: pandas.DataFrame,
+    answers: Sequence[Generated],
+    queries: Sequence[str],
+    verdicts: Sequence[scoring.Verdict],
+    **limits: Any,
+) -> list[scoring.Verdict]:
+    """Verdicts on the answers as they were generated; `queries` and `verdicts` are those as served.
+
+    `limits` as in `judge`. Only answers that the repair changed are judged again.
+    """
+    generated = [extract_sql(given.text) for given in answers]
+    changed = [i for i, query in enumerate(queries) if query != generated[i]]
+    again = judge(
+        rows.iloc[changed], [answers[i] for i in changed], [generated[i] for i in changed], **limits
+    )
+    found = dict(zip(changed, again, strict=True))
+    return [found.get(i, verdict) for i, verdict in enumerate(verdicts)]
 
 
 def metrics(verdicts: Mapping[str, Sequence[scoring.Verdict]]) -> dict[str, float]:
@@ -104,10 +142,12 @@ def predictions(
     answers: Mapping[str, Sequence[Generated]],
     verdicts: Mapping[str, Sequence[scoring.Verdict]],
 ) -> pandas.DataFrame:
-    """One table: question, context and gold; then for each model (by prefix) its SQL and verdicts."""
+    """One table: question, context and gold; then for each model (by prefix) its SQL as served and as
+    generated, and verdicts."""
     table = rows[list(dataset.COLUMNS)].rename(columns={"answer": "gold"})
     for prefix, given in answers.items():
-        table[f"{prefix}prediction"] = [extract_sql(one.text) for one in given]
+        table[f"{prefix}prediction"] = served(rows, given)
+        table[f"{prefix}generated"] = [extract_sql(one.text) for one in given]
         judged = pandas.DataFrame([dataclasses.asdict(one) for one in verdicts[prefix]])
         table = table.join(judged.add_prefix(prefix))
     return table

@@ -31,6 +31,7 @@ SIGNATURE = ModelSignature(
             ParamSpec("max_new_tokens", "long", 256),
             ParamSpec("repetition_penalty", "double", 1.0),
             ParamSpec("return_full_text", "boolean", False),
+            ParamSpec("repair", "boolean", True),
         ]
     ),
 )

@@ -19,6 +19,8 @@ from steps.text2sql.sql_execution import QueryError, check_query, is_ordered, ru
 EXECUTION_ACCURACY = "execution_accuracy"
 # Before the names of metrics and columns of the base, with the adapter off.
 BASE_PREFIX = "base_"
+# Before those of the answers as the model wrote them, without the repair that the served model does.
+UNREPAIRED_PREFIX = "unrepaired_"
 OTHER_ROWS = "other rows than gold"
 METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "stopped")
 
@@ -186,11 +188,12 @@ def failure_counts(verdicts: Sequence[Verdict], *, prefix: str = "") -> dict[str
 
 
 def comparison(found: Mapping[str, float], *, base_prefix: str) -> str:
-    """Text table of a model's metrics, each with its interval, beside those of its base."""
-    lines = [f"  {'':<20}{'base':>8}{'tuned':>8}   95 % interval"]
+    """Text table of a model's metrics beside those of its base, with their intervals and without repair."""
+    lines = [f"  {'':<20}{'base':>8}{'tuned':>8}   95 % interval     unrepaired"]
     lines += [
         f"  {name:<20}{found[base_prefix + name]:>8.1%}{found[name]:>8.1%}"
         f"{found[f'{name}_low']:>8.1%} to{found[f'{name}_high']:>7.1%}"
+        f"{found[UNREPAIRED_PREFIX + name]:>15.1%}"
         for name in METRICS
         if name in found
     ]

@@ -6,6 +6,7 @@ Training and evaluation import the prompt, the base and the generation from here
 It does not run any SQL, and no code from a model repository.
 """
 
+import difflib
 import hashlib
 import logging
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +117,89 @@ def extract_sql(text: str) -> str:
     """SQL of a generated text: without a code fence, and nothing of a further prompt block."""
     fenced = re.match(r"\s*```(?:sql)?\s*\n(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
     return (fenced.group(1) if fenced else text).split("\n###")[0].strip()
+
+
+# Repair of SQL by its form alone
+
+# A text, a name, a number or anything else.
+SQL_TOKEN = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`|\[[^]]*\])|([^\W\d][\w$]*)|(\d[\w.$]*|.)""", re.DOTALL)
+SQL_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        all and as asc between by case cast collate cross current_date desc distinct else end escape except
+        exists false from full glob group having in inner intersect is isnull join left like limit natural not
+        notnull null offset on or order outer over partition recursive right select then true union using
+        values when where with blob date integer numeric real text varchar
+        """,
+    )
+)
+# What a comparison's right side ends before.
+CLAUSES = "and|or|group|order|having|limit|intersect|union|except|where|on|as"
+CLAUSE_END = rf"(?=\s+(?:{CLAUSES}|(?:\w+\s+)?join)\b|[;)]|\s*$)"
+COMPARED = re.compile(rf"([=<>]\s*)([^\s\"'`(=<>][^\"'`()=<>]*?){CLAUSE_END}", re.IGNORECASE)
+EXPRESSION = re.compile(r"[\w$.+*/|\s-]+", re.ASCII)
+OPEN_TEXT = re.compile(r"""([=<>]\s*)"([^"]*?)(\s+(?:and|or)\s+[\w$.]+\s*[=<>]+\s*")""", re.IGNORECASE)
+GLUED = re.compile(r"\b(select|from|where|and)([^\W\d][\w$]*)", re.IGNORECASE)
+# Similarity of a wrong name to the right one, by difflib's ratio.
+SIMILAR_NAME = 0.75
+
+
+def repair_sql(sql: str, context: str) -> str:
+    """Mend what a small model writes amiss, by the form of the query and the names of its context alone.
+
+    A text that does not end is closed, a constant that is no number is quoted (`= 18%`), and an unknown name
+    becomes the most similar one of the context. Nothing is executed, and of a query that is sound nothing
+    changes.
+    """
+    return _with_known_names(COMPARED.sub(_quoted, _with_texts_closed(sql)), context)
+
+
+def _with_texts_closed(sql: str) -> str:
+    if sql.count('"') % 2:
+        sql = OPEN_TEXT.sub(r'\1"\2"\3', sql)
+    return sql + '"' * (sql.count('"') % 2)
+
+
+def _quoted(match: re.Match[str]) -> str:
+    """A number, a name or an arithmetic expression stays; anything else was meant as a text."""
+    operator, value = match.groups()
+    tokens = [token for token in SQL_TOKEN.finditer(value) if not token[0].isspace()]
+    operands = [token[0] for token in tokens if not re.fullmatch(r"[.+*/|-]", token[0])]
+    are_sound = all(re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?|[^\W\d][\w$]*", one) for one in operands)
+    is_joined = len(operands) <= len(tokens) - len(operands) + 1 and EXPRESSION.fullmatch(value)
+    return match[0] if are_sound and is_joined else f'{operator}"{value}"'
+
+
+def _with_known_names(sql: str, context: str) -> str:
+    words = {token[2].lower(): token[2] for token in SQL_TOKEN.finditer(context) if token[2]}
+    sql = GLUED.sub(lambda match: _apart(match, words), sql)
+    aliases = {name.lower() for name in re.findall(r"\bas\s+(\w+)", sql, re.IGNORECASE)}
+    names = {word: name for word, name in words.items() if word not in SQL_WORDS | {"create", "table"}}
+    return "".join(
+        token[0] if not token[2] or _is_known(token, words.keys() | aliases) else _nearest(token[2], names)
+        for token in SQL_TOKEN.finditer(sql)
+    )
+
+
+def _apart(match: re.Match[str], words: Mapping[str, str]) -> str:
+    """`SELECTname` where `name` is a name of the context, and the whole is none."""
+    is_glued = match[2].lower() in words and match[0].lower() not in words
+    return f"{match[1]} {match[2]}" if is_glued else match[0]
+
+
+def _is_known(token: re.Match[str], known: Set[str]) -> bool:
+    """Whether a word is one of SQL's or of the query's, or stands where a function or a qualifier does."""
+    word, rest = token[2].lower(), token.string[token.end() :].lstrip()
+    return word in known or word in SQL_WORDS or rest.startswith(("(", "."))
+
+
+def _nearest(word: str, names: Mapping[str, str]) -> str:
+    found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=SIMILAR_NAME)
+    return names[found[0]] if found else word
+
+
+# Generation
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[list[int]]:
@@ -497,20 +581,23 @@ class SQLModel(PythonModel):
     def predict(
         self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """SQL for each row; with `return_full_text` the prompt and the answer as they were written.
+        """SQL for each row, mended by `repair_sql` unless `repair` is false; with `return_full_text` the
+        prompt and the answer as they were written.
 
         Raises:
             MlflowException: a row without a question, or a parameter out of range; status 400 when served.
         """
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
         settings = dict(params or {})
-        full_text = settings.pop("return_full_text", False)
+        full_text, repair = settings.pop("return_full_text", False), settings.pop("repair", True)
         check_request(rows, **settings)
         batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)
         answers = {i: answer for batch in batches for i, answer in batch.items()}
-        if not full_text:
-            return [extract_sql(answers[i].text) for i in range(len(rows))]
-        return [prompt + answers[i].text for i, prompt in enumerate(self.prompts(rows))]
+        texts = [answers[i].text for i in range(len(rows))]
+        if full_text:
+            return [prompt + text for prompt, text in zip(self.prompts(rows), texts, strict=True)]
+        found = map(extract_sql, texts)
+        return list(map(repair_sql, found, rows["context"])) if repair else list(found)
 
 
 mlflow.models.set_model(SQLModel())
