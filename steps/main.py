@@ -26,8 +26,9 @@ from steps.text2sql import (
     step_run,
     store_names,
 )
+from steps.text2sql.command_line import MainParams, parse_main
 from steps.text2sql.errors import Interrupted, UserError
-from steps.text2sql.params import CHAIN, MainParams, parse_main
+from steps.text2sql.params import CHAIN
 
 Watch = Callable[[processes.Stopper], AbstractContextManager]
 # Parameters of train that are for main alone.

@@ -10,8 +10,9 @@ import pandas
 
 from steps.main import run_step
 from steps.text2sql import active_run, artifacts, mlproject, reuse, run_page, screen, step_run, store_names
+from steps.text2sql.command_line import MainParams, SweepCall, parse_sweep
 from steps.text2sql.errors import Interrupted, UserError
-from steps.text2sql.params import MainParams, OwnMainParams, SweepCall, parse_sweep
+from steps.text2sql.params import OwnMainParams
 from steps.text2sql.run_folder import run_folder
 from steps.text2sql.search import Search, ShouldStop, Space
 from steps.text2sql.watcher import Watcher

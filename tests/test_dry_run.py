@@ -15,7 +15,7 @@ from steps.text2sql import (
     screen,
     store_names,
 )
-from steps.text2sql.params import parse_main
+from steps.text2sql.command_line import parse_main
 from tests.conftest import QUICK, call_step, defaults, tracking_at, words
 
 QUICK_TEXT = {name: str(value) for name, value in QUICK.items()}

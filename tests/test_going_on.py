@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from steps import main
-from steps.text2sql import lost_runs, packaging, params, training
+from steps.text2sql import command_line, lost_runs, packaging, training
 from steps.text2sql.errors import UserError
 from tests import conftest
 from tests.conftest import QUICK, Forked, defaults, plain_rows, tracking_at, words, write_jsonl
@@ -106,7 +106,7 @@ def started(story, monkeypatch, step, **values):
     """What a further pipeline starts for a step: its values, or None where it reuses the step."""
     monkeypatch.setattr(main.reuse, "device_kind", lambda: "cpu")
     monkeypatch.setattr(main, "start_step", lambda step, values, *_: values)
-    given = params.parse_main(words(defaults("main") | story.values | values))
+    given = command_line.parse_main(words(defaults("main") | story.values | values))
     with tracking_at(story.store), mlflow.start_run():
         dataset = f"runs:/{story.steps[0]['prepare_data'].info.run_id}/dataset"
         found = main.run_step(step, given, **({"dataset_uri": dataset} if step == "train" else {}))

@@ -10,8 +10,9 @@ import pytest
 
 from steps import main
 from steps.text2sql import artifacts, processes, step_run, store_names
+from steps.text2sql.command_line import parse, parse_main
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import CHAIN, parse, parse_main
+from steps.text2sql.params import CHAIN
 from tests import plugin_backend
 from tests.conftest import QUICK, defaults, words
 

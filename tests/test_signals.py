@@ -11,7 +11,7 @@ import mlflow
 import psutil
 import pytest
 
-from steps.text2sql import artifacts, params, reuse, step_run, store_names
+from steps.text2sql import artifacts, command_line, reuse, step_run, store_names
 from tests.conftest import (
     PROJECT,
     QUICK,
@@ -45,7 +45,7 @@ def shared(new_store, tiny_base, tmp_path_factory):
 
 def prepare(values, patch):
     """Prepare the dataset as main would, which then has it already."""
-    of_step = params.parse_main(words(defaults("main") | values)).steps["prepare_data"]
+    of_step = command_line.parse_main(words(defaults("main") | values)).steps["prepare_data"]
     found = reuse.fingerprint("prepare_data", of_step, upstream={}, device="cpu", code=reuse.code_digest())
     patch.setenv(step_run.FINGERPRINT_VARIABLE, found)
     call_step("prepare_data", **of_step)

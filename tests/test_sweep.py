@@ -11,8 +11,8 @@ import pytest
 
 from steps import sweep
 from steps.text2sql import child_runs, reuse
+from steps.text2sql.command_line import parse_main, parse_sweep
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import parse_main, parse_sweep
 from steps.text2sql.processes import Stopper
 from steps.text2sql.watcher import Watcher
 from tests.conftest import QUICK, defaults, words

@@ -13,7 +13,7 @@ import pytest
 from mlflow.entities import Run
 from pydantic import Field
 
-from steps.text2sql import active_run, artifacts, project_source, run_log, step_run
+from steps.text2sql import active_run, artifacts, processes, project_source, run_log, step_run
 from steps.text2sql.artifacts import downloaded
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.model_versions import model_version
@@ -192,7 +192,7 @@ def test_a_relative_store_is_refused_with_its_absolute_form_and_not_made(
     name, file, store, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(step_run, "users_folder", lambda: Path("/home/me"))
+    monkeypatch.setattr(processes, "users_folder", lambda: Path("/home/me"))
     monkeypatch.setenv(name, f"sqlite:///{file}")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     message = exit_text(lambda: pytest.fail("the body was called"))

@@ -12,9 +12,9 @@ from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT, MLFLOW_RUN_NOTE
 
 from steps.text2sql import active_run, liveness, processes, project_source, ranks
+from steps.text2sql.command_line import parse
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.lost_runs import end_lost_runs
-from steps.text2sql.params import parse, users_folder
 from steps.text2sql.run_page import describe_step, name_run
 from steps.text2sql.store_names import TAG_FAILURE, TAG_FINGERPRINT, TAG_STOPPED_BY
 
@@ -148,7 +148,7 @@ def check_store() -> None:
         if start.startswith("sqlite") and slashes and not Path(file).is_absolute():
             raise SystemExit(
                 f"\nError: {name}={uri}: is a relative path, but steps run in the project's folder; "
-                f"give the absolute form: {start}:///{users_folder() / file}"
+                f"give the absolute form: {start}:///{processes.users_folder() / file}"
             )
 
 
