@@ -33,7 +33,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from steps.text2sql import adapter, memory_plan, training
+from steps.text2sql import adapter, memory_plan, training, training_speed
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import operations_per_second
 from steps.text2sql.sql_model import load_base, pick_device
@@ -329,7 +329,7 @@ def table(found: list[dict[str, Any]], operations: float, frozen: int) -> str:
         }
         ratios = [a["rows_per_second"] / b["rows_per_second"] for a, b in zip(same, yardstick, strict=False)]
         ratio = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else ""
-        share = median["tokens_per_second"] * training.operations_per_token(frozen) / operations
+        share = median["tokens_per_second"] * training_speed.operations_per_token(frozen) / operations
         busy = f"{median['busy_seconds_per_step']:.3f}" if "busy_seconds_per_step" in median else ""
         peak = f"{median['peak_gib']:.1f}" if "peak_gib" in median else ""
         lines.append(

@@ -10,20 +10,26 @@ from mlflow.entities import LoggedModelInput
 from mlflow.entities.model_registry import ModelVersion
 
 from steps.text2sql import (
+    active_run,
     adapter,
+    artifacts,
     assessments,
     dataset,
     evaluation,
     figures,
     manifest,
     model_card,
+    model_versions,
     packaging,
     report,
     reuse,
+    run_log,
+    run_page,
     scored_rows,
     scoring,
     slices,
-    tracking,
+    step_run,
+    store_names,
     transformers_flavor,
 )
 from steps.text2sql.device import free_memory_bytes
@@ -37,11 +43,11 @@ TUNED, BASE = "", scoring.BASE_PREFIX
 
 def main(params: EvaluateParams) -> None:
     """Answer and score test rows with and without the adapter; log metrics and predictions."""
-    version = tracking.find_version(params.model_uri)
+    version = model_versions.find_version(params.model_uri)
     uri, source = f"models:/{version.name}/{version.version}", f"model_uri={params.model_uri}"
     with (
-        tracking.downloaded(uri, parameter="model_uri", needs=packaging.MLMODEL_FILE_NAME) as package,
-        tracking.logged_folder(tracking.ROWS) as folder,
+        artifacts.downloaded(uri, parameter="model_uri", needs=packaging.MLMODEL_FILE_NAME) as package,
+        artifacts.logged_folder(store_names.ROWS) as folder,
     ):
         described = packaging.read_manifest(package, source=source)
         rows = gather(params, described.of_dataset, folder)
@@ -49,7 +55,7 @@ def main(params: EvaluateParams) -> None:
         verdicts, unrepaired = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
         model_id = packaging.model_id(package)
         lora = adapter.settings(package / transformers_flavor.ADAPTER)
-    tracking.tag_data(base_model=described.of_dataset.base_model, dataset=described.of_dataset.dataset)
+    run_log.tag_data(base_model=described.of_dataset.base_model, dataset=described.of_dataset.dataset)
     metrics = keep(version, model_id, rows, answers, verdicts, unrepaired)
     update_card(version, metrics, described, lora)
 
@@ -63,7 +69,7 @@ def gather(params: EvaluateParams, trained_on: DatasetManifest, folder: Path) ->
 
     if params.dataset:
         return keep(scored_rows.of_dataset(dataset.resolve(params.dataset, base_is_hub=False), trained_on))
-    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as prepared:
+    with artifacts.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as prepared:
         return keep(scored_rows.of_prepared(prepared, source=f"dataset_uri={params.dataset_uri}"))
 
 
@@ -72,7 +78,7 @@ def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int | Auto)
     budget = evaluation.token_budget(model.tokenizer, rows["answer"])
     if batch_size == "auto":
         batch_size = evaluation.find_batch_size(model, rows, max_new_tokens=budget, free=free_memory_bytes())
-        tracking.log_choices(eval_batch_size=f"{batch_size} rows (auto: by free memory)")
+        run_log.log_choices(eval_batch_size=f"{batch_size} rows (auto: by free memory)")
     mlflow.log_param("max_new_tokens", budget)
     return {
         prefix: evaluation.answer(
@@ -120,11 +126,13 @@ def keep(
 def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]) -> None:
     """Log metrics with the model and the rows that they belong to: they show on the version's page too."""
     # MLflow knows no kind of source for an artifact of a run.
-    source = CodeDatasetSource({"artifact": tracking.artifact_uri(f"{tracking.ROWS}/{tracking.ROWS_FILE}")})
+    source = CodeDatasetSource(
+        {"artifact": active_run.artifact_uri(f"{store_names.ROWS}/{store_names.ROWS_FILE}")}
+    )
     of_rows = mlflow.data.from_pandas(
         rows, source=source, targets="answer", name="evaluated_rows", digest=scored_rows.digest(rows)[:36]
     )
-    tracking.log_input(of_rows, context="evaluation", model=LoggedModelInput(model_id))
+    run_log.log_input(of_rows, context="evaluation", model=LoggedModelInput(model_id))
     mlflow.log_metrics(metrics, model_id=model_id, dataset=of_rows)
 
 
@@ -132,13 +140,13 @@ def link(version: ModelVersion, rows: pandas.DataFrame, scores: dict[str, str]) 
     """Name version and run in each other; scores become tags of the version, whose page has no metrics."""
     mlflow.set_tags(
         {
-            tracking.TAG_MODEL_NAME: version.name,
-            tracking.TAG_MODEL_VERSION: version.version,
-            tracking.TAG_EVALUATED_ROWS: scored_rows.digest(rows),
-            tracking.TAG_CODE: reuse.code_digest(),
+            store_names.TAG_MODEL_NAME: version.name,
+            store_names.TAG_MODEL_VERSION: version.version,
+            store_names.TAG_EVALUATED_ROWS: scored_rows.digest(rows),
+            store_names.TAG_CODE: reuse.code_digest(),
         }
     )
-    for name, value in (scores | {tracking.TAG_EVALUATION_RUN: tracking.run_id()}).items():
+    for name, value in (scores | {store_names.TAG_EVALUATION_RUN: active_run.run_id()}).items():
         mlflow.MlflowClient().set_model_version_tag(version.name, version.version, name, value)
 
 
@@ -153,7 +161,7 @@ def update_card(
         version=version.version,
         scores=model_card.scores_of(metrics),
         evaluated_rows=int(metrics["evaluated_rows"]),
-        evaluation_run=tracking.run_link(mlflow.active_run(), tracking.run_id()),
+        evaluation_run=run_page.run_link(mlflow.active_run(), active_run.run_id()),
     )
     mlflow.MlflowClient().update_model_version(version.name, version.version, description=card)
 
@@ -174,11 +182,11 @@ def show(
         picture=picture,
         headline=headline,
     )
-    mlflow.log_table(predictions, tracking.PREDICTIONS)
-    mlflow.log_table(by_slice, tracking.SLICES)
-    mlflow.log_figure(picture, tracking.SLICES_PICTURE)
-    mlflow.log_text(page, tracking.REPORT)
+    mlflow.log_table(predictions, store_names.PREDICTIONS)
+    mlflow.log_table(by_slice, store_names.SLICES)
+    mlflow.log_figure(picture, store_names.SLICES_PICTURE)
+    mlflow.log_text(page, store_names.REPORT)
 
 
 if __name__ == "__main__":
-    tracking.run_step(EvaluateParams, main, user_errors=(BaseModelError,))
+    step_run.run_step(EvaluateParams, main, user_errors=(BaseModelError,))

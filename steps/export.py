@@ -9,12 +9,16 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from steps.text2sql import (
+    artifacts,
     evaluation,
     manifest,
     merging,
+    model_versions,
+    run_log,
     sample_data,
     scored_rows,
-    tracking,
+    step_run,
+    store_names,
     transformers_flavor,
 )
 from steps.text2sql.errors import UserError
@@ -35,9 +39,9 @@ class Answered(NamedTuple):
 
 def main(params: ExportParams) -> None:
     """Merge beside the output folder, ask both models the same, and move the merged one into place."""
-    version = tracking.find_version(params.model_uri)
+    version = model_versions.find_version(params.model_uri)
     output, uri = Path(params.output), f"models:/{version.name}/{version.version}"
-    with tracking.downloaded(uri, parameter="model_uri", needs=transformers_flavor.CARD) as package:
+    with artifacts.downloaded(uri, parameter="model_uri", needs=transformers_flavor.CARD) as package:
         adapter = package / transformers_flavor.ADAPTER
         described = manifest.read(AdapterManifest, adapter, source=f"model_uri={uri}")
         dtype = check(adapter, described, params)
@@ -57,7 +61,7 @@ def check(adapter: Path, described: AdapterManifest, params: ExportParams) -> to
     merging.check_mergeable(adapter, base)
     dtype = merging.choose_dtype(base, params.dtype)
     merging.check_disk(Path(params.output), base, dtype)
-    tracking.log_choices(
+    run_log.log_choices(
         base_model=f"{base}, quantization {described.quantization}",
         dtype=f"{str(dtype).removeprefix('torch.')} ({params.dtype})",
     )
@@ -99,12 +103,12 @@ def offer(rows: pandas.DataFrame, served: Answered, merged: Answered, *, min_sam
     same = float((table["served"] == table["merged"]).mean())
     difference = float((served.logits - merged.logits).abs().max())
     mlflow.log_metrics({"same_sql": same, "max_logit_difference": difference, "compared_rows": len(rows)})
-    mlflow.log_table(table, tracking.COMPARISON)
+    mlflow.log_table(table, store_names.COMPARISON)
     print(f"\n  same SQL on {same:.1%} of {len(rows)} rows, logits differ by at most {difference:.3g}\n")
     if not same >= min_same_sql:
         raise UserError(
             f"min_same_sql={min_same_sql:g}: the merged model gives the same SQL on {same:.1%} of "
-            f"{len(rows)} rows only, so it is not offered. Look at {tracking.COMPARISON} of this run; "
+            f"{len(rows)} rows only, so it is not offered. Look at {store_names.COMPARISON} of this run; "
             "try dtype=float32."
         )
 
@@ -113,13 +117,13 @@ def report(version: ModelVersion, output: Path) -> None:
     """Note and show where the merged model is."""
     mlflow.set_tags(
         {
-            tracking.TAG_MODEL_NAME: version.name,
-            tracking.TAG_MODEL_VERSION: version.version,
-            tracking.TAG_EXPORTED_TO: str(output),
+            store_names.TAG_MODEL_NAME: version.name,
+            store_names.TAG_MODEL_VERSION: version.version,
+            store_names.TAG_EXPORTED_TO: str(output),
         }
     )
     print(f"  {output}\n  serve       vllm serve {output} --served-model-name {version.name}\n")
 
 
 if __name__ == "__main__":
-    tracking.run_step(ExportParams, main, user_errors=(BaseModelError,))
+    step_run.run_step(ExportParams, main, user_errors=(BaseModelError,))

@@ -8,9 +8,24 @@ from contextlib import nullcontext
 import mlflow
 from mlflow.entities import Run
 
-from steps.text2sql import launch_config, mlproject, remote_step, resume, reuse, screen, tracking
-from steps.text2sql.errors import UserError
-from steps.text2sql.params import CHAIN, MainParams, parse_main
+from steps.text2sql import (
+    artifacts,
+    child_runs,
+    earlier_runs,
+    launch_config,
+    mlproject,
+    remote_step,
+    resume,
+    reuse,
+    run_log,
+    run_page,
+    screen,
+    step_run,
+    store_names,
+)
+from steps.text2sql.command_line import MainParams, parse_main
+from steps.text2sql.errors import Interrupted, UserError
+from steps.text2sql.params import CHAIN
 
 # Parameters of train that are for main alone.
 ELSEWHERE = ("project_backend", "backend_config")
@@ -20,8 +35,8 @@ def main(params: MainParams) -> None:
     """Prepare, train, register, evaluate and promote."""
     try:
         chain(params)
-    except (KeyboardInterrupt, tracking.Interrupted) as error:
-        raise tracking.Interrupted(str(error), screen.to_go_on("main", params.given)) from error
+    except (KeyboardInterrupt, Interrupted) as error:
+        raise Interrupted(str(error), screen.to_go_on("main", params.given)) from error
     except UserError as error:
         raise UserError(str(error), screen.to_go_on("main", params.given)) from error
 
@@ -31,16 +46,16 @@ def chain(params: MainParams) -> None:
     check_devices(params.steps["train"])
     runs = {"prepare_data": run_step("prepare_data", params)}
     tags = runs["prepare_data"].data.tags
-    tracking.tag_data(base_model=tags[tracking.TAG_BASE_MODEL], dataset=tags[tracking.TAG_DATASET])
-    dataset_uri = f"runs:/{runs['prepare_data'].info.run_id}/{tracking.DATASET}"
+    run_log.tag_data(base_model=tags[store_names.TAG_BASE_MODEL], dataset=tags[store_names.TAG_DATASET])
+    dataset_uri = f"runs:/{runs['prepare_data'].info.run_id}/{store_names.DATASET}"
     runs["train"] = run_step("train", params, dataset_uri=dataset_uri)
     if params.steps["train"].get("dry_run") == "yes":
         finish_dry_run(params, runs, dataset_uri)
         return
-    adapter_uri = f"runs:/{runs['train'].info.run_id}/{tracking.ADAPTER}"
+    adapter_uri = f"runs:/{runs['train'].info.run_id}/{store_names.ADAPTER}"
     runs["register"] = run_step("register", params, adapter_uri=adapter_uri, dataset_uri=dataset_uri)
     made = runs["register"].data.tags
-    name, version = made[tracking.TAG_MODEL_NAME], made[tracking.TAG_MODEL_VERSION]
+    name, version = made[store_names.TAG_MODEL_NAME], made[store_names.TAG_MODEL_VERSION]
     runs["evaluate"] = run_step(
         "evaluate", params, model_uri=f"models:/{name}/{version}", dataset_uri=dataset_uri
     )
@@ -48,8 +63,8 @@ def chain(params: MainParams) -> None:
     if params.own.promotion != "never":
         evaluation_run_id = runs["evaluate"].info.run_id
         runs["promote"] = run_step("promote", params, version=version, evaluation_run_id=evaluation_run_id)
-        gate = runs["promote"].data.tags[tracking.TAG_GATE_REASON]
-        mlflow.set_tag(tracking.TAG_PROMOTED, runs["promote"].data.tags[tracking.TAG_PROMOTED])
+        gate = runs["promote"].data.tags[store_names.TAG_GATE_REASON]
+        mlflow.set_tag(store_names.TAG_PROMOTED, runs["promote"].data.tags[store_names.TAG_PROMOTED])
     finish(runs, name=name, version=version, gate=gate)
 
 
@@ -61,7 +76,7 @@ def check_devices(given: Mapping[str, str]) -> None:
 
 
 def run_step(
-    step: str, params: MainParams, *, title: str = "", watch: tracking.Watch = nullcontext, **found: str
+    step: str, params: MainParams, *, title: str = "", watch: child_runs.Watch = nullcontext, **found: str
 ) -> Run:
     """Run a step as a child of this run, or take a run that finished with the same result.
 
@@ -73,48 +88,48 @@ def run_step(
     fingerprint = reuse.fingerprint(
         step,
         values,
-        upstream={name: tracking.digest_of(uri) for name, uri in found.items() if name.endswith("_uri")},
+        upstream={name: artifacts.digest_of(uri) for name, uri in found.items() if name.endswith("_uri")},
         device=device,
         code=reuse.code_digest(),
     )
     reusable = params.own.reuse == "auto" and step not in reuse.ALWAYS_RUN
     if reusable and not reuse.may_have_moved(step, values, device=device):
-        earlier = tracking.finished_before(step, fingerprint)
+        earlier = earlier_runs.finished_before(step, fingerprint)
         if earlier:
-            mlflow.set_tag(f"{tracking.TAG_REUSED}{step}", earlier.info.run_id)
+            mlflow.set_tag(f"{store_names.TAG_REUSED}{step}", earlier.info.run_id)
             print(f"  {screen.reused(earlier.info.run_id, earlier.info.end_time)}", flush=True)
             return earlier
     if step == "train" and params.own.resume == "auto" and not values.get("resume_from"):
-        unfinished = next(filter(resume.can_go_on, tracking.unfinished_before(fingerprint)), None)
+        unfinished = next(filter(resume.can_go_on, earlier_runs.unfinished_before(fingerprint)), None)
         values |= {"resume_from": unfinished} if unfinished else {}
     return start_step(step, values, fingerprint, watch)
 
 
 def start_step(
-    step: str, values: dict[str, str], fingerprint: str, watch: tracking.Watch = nullcontext
+    step: str, values: dict[str, str], fingerprint: str, watch: child_runs.Watch = nullcontext
 ) -> Run:
     """Run a step as a child of this run, here or where `project_backend` says; `watch` counts here alone.
 
     Raises:
         UserError: it failed; its own message stands above on the screen.
-        tracking.Interrupted: a signal came, and no process of the step is left.
+        Interrupted: a signal came, and no process of the step is left.
     """
     usual = mlproject.defaults("train")
     backend, config = (values.pop(name, usual[name]) for name in ELSEWHERE)
     print(f"  {screen.step_command(step, values)}", flush=True)
-    os.environ[tracking.FINGERPRINT_VARIABLE] = fingerprint
+    os.environ[step_run.FINGERPRINT_VARIABLE] = fingerprint
     if backend != "local":
         return remote_step.run(step, values, backend=backend, config=config, fingerprint=fingerprint)
-    return tracking.run_child(step, values, watch)
+    return child_runs.run(step, values, watch)
 
 
 def finish_dry_run(params: MainParams, runs: dict[str, Run], dataset_uri: str) -> None:
     """Show what the training would take; nothing is registered, so there is nothing more to run."""
-    tracking.tag_dry_run()
-    tracking.name_run("dry run")
-    tracking.describe_steps("Dry run: nothing was trained.", runs)
+    run_log.tag_dry_run()
+    run_page.name_run("dry run")
+    run_page.describe_steps("Dry run: nothing was trained.", runs)
     typed = mlproject.without_defaults("main", params.given)
-    chosen = tracking.choices(runs["train"])
+    chosen = run_log.choices(runs["train"])
     print(screen.plan(prepared_uri=dataset_uri, chosen=chosen, given=typed), flush=True)
 
 
@@ -122,14 +137,14 @@ def finish(runs: dict[str, Run], *, name: str, version: str, gate: str) -> None:
     """Log what there is to compare on the parent run, and show the closing screen."""
     prepared, evaluated = runs["prepare_data"], runs["evaluate"]
     mlflow.log_metrics({name: value for name, value in evaluated.data.metrics.items() if "/" not in name})
-    mlflow.set_tags({tracking.TAG_MODEL_NAME: name, tracking.TAG_MODEL_VERSION: version})
+    mlflow.set_tags({store_names.TAG_MODEL_NAME: name, store_names.TAG_MODEL_VERSION: version})
     aliases = mlflow.MlflowClient().get_model_version(name, version).aliases
-    tracking.name_run(f"{name} v{version}")
-    model = tracking.version_link(name, version)
-    tracking.describe_steps(f"{model} {screen.standing(aliases, gate)}", runs)
+    run_page.name_run(f"{name} v{version}")
+    model = run_page.version_link(name, version)
+    run_page.describe_steps(f"{model} {screen.standing(aliases, gate)}", runs)
     print(
         screen.closing(
-            chosen=tracking.choices(prepared),
+            chosen=run_log.choices(prepared),
             metrics=evaluated.data.metrics,
             name=name,
             version=version,
@@ -141,4 +156,4 @@ def finish(runs: dict[str, Run], *, name: str, version: str, gate: str) -> None:
 
 
 if __name__ == "__main__":
-    tracking.run_in_run(lambda: main(parse_main(sys.argv[1:])))
+    step_run.run_in_run(lambda: main(parse_main(sys.argv[1:])))

@@ -10,15 +10,20 @@ from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
 from transformers import PreTrainedTokenizerFast
 
 from steps.text2sql import (
+    active_run,
+    artifacts,
     base_model,
     databases,
     dataset,
     figures,
     manifest,
     preparation,
+    project_source,
     prompt_template,
+    run_log,
     splits,
-    tracking,
+    step_run,
+    store_names,
 )
 from steps.text2sql.device import describe_device
 from steps.text2sql.errors import UserError
@@ -37,7 +42,7 @@ def main(params: PrepareDataParams) -> None:
         params.dataset, base_is_hub=base.is_hub, config=params.dataset_config, split=params.dataset_split
     )
     announce(base, source)
-    if tracking.is_chained():  # this machine trains next; nf4 is the least that can need
+    if active_run.is_chained():  # this machine trains next; nf4 is the least that can need
         base_model.check_memory(base.reference, "nf4")
     tokenizer = load_base_tokenizer(base.reference)
     template = prompt(params, tokenizer, base.reference)
@@ -69,7 +74,7 @@ def main(params: PrepareDataParams) -> None:
         seed=params.seed,
         counts=preparation.counts(parts, prepared) | overlaps(given, parts),
     )
-    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
+    run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
     save(prepared, described, source)
     show(prepared, source, described)
 
@@ -81,7 +86,7 @@ def prompt(params: PrepareDataParams, tokenizer: PreTrainedTokenizerFast, refere
         template = prompt_template.read(Path(params.prompt_template))
     if params.prompt_style == "chat":
         template = prompt_template.as_chat(template, tokenizer, base_model=reference)
-    mlflow.log_text(template, tracking.PROMPT)
+    mlflow.log_text(template, store_names.PROMPT)
     return template
 
 
@@ -131,7 +136,7 @@ def overlaps(given: dict[str, pandas.DataFrame], parts: dict[str, pandas.DataFra
 def announce(base: base_model.BaseModel, source: dataset.DatasetSource) -> None:
     """Say first what `auto` means here, and what it downloads."""
     download = f", downloads {base.download_bytes / 2**30:.1f} GiB" if base.download_bytes else ""
-    tracking.log_choices(
+    run_log.log_choices(
         device=describe_device(),
         base_model=f"{base.reference} ({base.reason}{download})",
         dataset=f"{source.name}{f'@{source.commit}' if source.commit else ''} ({source.reason})",
@@ -140,7 +145,7 @@ def announce(base: base_model.BaseModel, source: dataset.DatasetSource) -> None:
 
 def save(prepared: preparation.Prepared, described: DatasetManifest, source: dataset.DatasetSource) -> None:
     """Log the artifact `dataset/`, and the rejected rows beside it."""
-    with tracking.logged_folder(tracking.DATASET) as folder:
+    with artifacts.logged_folder(store_names.DATASET) as folder:
         test = prepared.splits["test"]
         if source.kind == "sample":
             test = databases.build(test, folder, seed=described.seed)
@@ -149,7 +154,7 @@ def save(prepared: preparation.Prepared, described: DatasetManifest, source: dat
         datasets.DatasetDict({**prepared.splits, "test": test}).save_to_disk(folder)
         manifest.write(described, folder)
     lines = prepared.rejected.to_json(orient="records", lines=True, force_ascii=True)
-    mlflow.log_text(lines, tracking.REJECTED)
+    mlflow.log_text(lines, store_names.REJECTED)
     mlflow.log_metrics(described.counts)
 
 
@@ -172,14 +177,16 @@ def log_dataset(rows: pandas.DataFrame, source: dataset.DatasetSource, digest: s
             source.location, config_name=source.config or None, split=source.split, revision=source.commit
         ),
         "file": lambda: source.location,
-        "sample": lambda: CodeDatasetSource({"module": source.location, "commit": tracking.git_commit()}),
+        "sample": lambda: CodeDatasetSource(
+            {"module": source.location, "commit": project_source.git_commit()}
+        ),
     }
     origin = origins[source.kind]()
     logged = mlflow.data.from_pandas(
         rows, source=origin, targets="answer", name=source.name, digest=digest[:36]
     )
-    tracking.log_input(logged, context="training")
+    run_log.log_input(logged, context="training")
 
 
 if __name__ == "__main__":
-    tracking.run_step(PrepareDataParams, main, user_errors=(BaseModelError,))
+    step_run.run_step(PrepareDataParams, main, user_errors=(BaseModelError,))

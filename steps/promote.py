@@ -7,7 +7,19 @@ from functools import partial
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import evaluation_run, gate, promotion_lock, promotions, tracking, training_rows
+from steps.text2sql import (
+    active_run,
+    artifacts,
+    child_runs,
+    evaluation_run,
+    gate,
+    model_versions,
+    promotion_lock,
+    promotions,
+    step_run,
+    store_names,
+    training_rows,
+)
 from steps.text2sql.gate import Decision, Evaluation, Row
 from steps.text2sql.params import PromoteParams
 
@@ -16,7 +28,7 @@ Judge = Callable[[ModelVersion | None], Decision]
 
 def main(params: PromoteParams) -> None:
     """Decide, move the alias or leave it, and keep the reason."""
-    version = tracking.model_version(params.registered_model_name, params.version)
+    version = model_versions.model_version(params.registered_model_name, params.version)
     judge: Judge = by_hand
     if params.evaluation_run_id:
         judge = partial(by_scores, params, version, evaluation_run.read(params.evaluation_run_id, version))
@@ -60,11 +72,11 @@ def by_scores(
 def trained_on(version: ModelVersion, evaluation: Evaluation) -> set[Row]:
     """Rows of an evaluation that a version was trained on; none for one that does not say."""
     uri = f"models:/{version.name}/{version.version}"
-    if tracking.TRAINING_ROWS not in {found.path for found in mlflow.artifacts.list_artifacts(uri)}:
+    if store_names.TRAINING_ROWS not in {found.path for found in mlflow.artifacts.list_artifacts(uri)}:
         print(f"  {uri} does not say which rows it was trained on: none are left out for it.")
         return set()
-    with tracking.downloaded(
-        f"{uri}/{tracking.TRAINING_ROWS}", parameter="version", needs=training_rows.FILE
+    with artifacts.downloaded(
+        f"{uri}/{store_names.TRAINING_ROWS}", parameter="version", needs=training_rows.FILE
     ) as folder:
         hashes = training_rows.read(folder)
     return {row for row in evaluation.tuned if training_rows.row_hash(*row[:2]) in hashes}
@@ -72,16 +84,16 @@ def trained_on(version: ModelVersion, evaluation: Evaluation) -> set[Row]:
 
 def score_again(champion: ModelVersion, run_id: str) -> Evaluation:
     """Score the champion on the very rows of an evaluate run, as a child of this run."""
-    uri = f"runs:/{run_id}/{tracking.ROWS}"
-    with tracking.downloaded(uri, parameter="evaluation_run_id", needs=tracking.ROWS_FILE) as folder:
-        file = folder / tracking.ROWS_FILE
+    uri = f"runs:/{run_id}/{store_names.ROWS}"
+    with artifacts.downloaded(uri, parameter="evaluation_run_id", needs=store_names.ROWS_FILE) as folder:
+        file = folder / store_names.ROWS_FILE
         values = evaluation_run.settings(run_id) | {
             "model_uri": f"models:/{champion.name}/{champion.version}",
             "dataset": str(file),
             "eval_rows": str(len(file.read_text(encoding="utf-8").splitlines())),
         }
         print(f"\n  The champion, version {champion.version}, is scored on the same rows.\n", flush=True)
-        child = tracking.run_child("evaluate", values)
+        child = child_runs.run("evaluate", values)
     return evaluation_run.read(child.info.run_id, champion)
 
 
@@ -90,7 +102,7 @@ def settle(decision: Decision, version: ModelVersion, champion: ModelVersion | N
     if promotions.number_of(champion) == promotions.number_of(version):
         return True
     if decision.promote:
-        with promotion_lock.held(version.name, run_id=tracking.run_id()) as lock:
+        with promotion_lock.held(version.name, run_id=active_run.run_id()) as lock:
             now = promotions.champion(version.name)
             if promotions.number_of(now) != promotions.number_of(champion):
                 return False
@@ -108,4 +120,4 @@ def show(decision: Decision, version: ModelVersion) -> None:
 
 
 if __name__ == "__main__":
-    tracking.run_step(PromoteParams, main)
+    step_run.run_step(PromoteParams, main)

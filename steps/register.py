@@ -10,7 +10,21 @@ import datasets
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
-from steps.text2sql import adapter, manifest, model_card, packaging, prompt_registry, tracking, training_rows
+from steps.text2sql import (
+    active_run,
+    adapter,
+    artifacts,
+    manifest,
+    model_card,
+    model_versions,
+    packaging,
+    project_source,
+    prompt_registry,
+    run_log,
+    step_run,
+    store_names,
+    training_rows,
+)
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
@@ -19,24 +33,24 @@ from steps.text2sql.sql_model import BaseModelError
 
 def main(params: RegisterParams) -> None:
     """Log the package, try it in a fresh process, register it."""
-    with tracking.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
+    with artifacts.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
         of_dataset = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
         seen = hashes_of_training(folder)
-    with tracking.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
+    with artifacts.downloaded(params.adapter_uri, parameter="adapter_uri", needs=adapter.WEIGHTS) as folder:
         described = manifest.read(AdapterManifest, folder, source=f"adapter_uri={params.adapter_uri}")
         check_match(described, of_dataset, params)
-        tracking.tag_data(base_model=of_dataset.base_model, dataset=of_dataset.dataset)
+        run_log.tag_data(base_model=of_dataset.base_model, dataset=of_dataset.dataset)
         lora = adapter.settings(folder)
         card = partial(model_card.render, described, lora, name=params.registered_model_name)
-        logged = packaging.log_model(folder, described, name=tracking.MODEL, card=card())
+        logged = packaging.log_model(folder, described, name=store_names.MODEL, card=card())
     log_training_rows(logged.model_id, seen)
-    answer = packaging.ask_in_fresh_process(logged.model_uri, tracking.clear_run_id())
+    answer = packaging.ask_in_fresh_process(logged.model_uri, active_run.clear_run_id())
     prompt = prompt_registry.publish(
         of_dataset.prompt_template,
         style=of_dataset.prompt_style,
         model_name=params.registered_model_name,
         model_id=logged.model_id,
-        run_id=tracking.run_id(),
+        run_id=active_run.run_id(),
     )
     version = register(logged.model_uri, described, params, card=card, prompt=prompt)
     print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
@@ -67,7 +81,7 @@ def log_training_rows(model_id: str, hashes: list[str]) -> None:
     """Let the package say which rows it has seen, so that it is never judged by them."""
     with tempfile.TemporaryDirectory() as scratch:
         training_rows.write(hashes, Path(scratch))
-        mlflow.MlflowClient().log_model_artifacts(model_id, scratch, tracking.TRAINING_ROWS)
+        mlflow.MlflowClient().log_model_artifacts(model_id, scratch, store_names.TRAINING_ROWS)
 
 
 def register(
@@ -87,17 +101,19 @@ def register(
         "prompt": prompt,
         "dataset": source.dataset,
         "dataset_digest": source.dataset_digest,
-        "git_commit": tracking.git_commit(),
+        "git_commit": project_source.git_commit(),
         "global_step": str(described.global_step),
     }
-    version = tracking.register_version(model_uri, params.registered_model_name, tags)
+    version = model_versions.register_version(model_uri, params.registered_model_name, tags)
     mlflow.MlflowClient().update_model_version(
         version.name, version.version, description=card(version=version.version)
     )
-    tracking.point_to_newest(version.name, tracking.CHALLENGER)
-    mlflow.set_tags({tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version})
+    model_versions.point_to_newest(version.name, store_names.CHALLENGER)
+    mlflow.set_tags(
+        {store_names.TAG_MODEL_NAME: version.name, store_names.TAG_MODEL_VERSION: version.version}
+    )
     return version
 
 
 if __name__ == "__main__":
-    tracking.run_step(RegisterParams, main, user_errors=(BaseModelError,))
+    step_run.run_step(RegisterParams, main, user_errors=(BaseModelError,))

@@ -9,9 +9,10 @@ import mlflow
 import pandas
 
 from steps.main import run_step
-from steps.text2sql import mlproject, reuse, screen, tracking
-from steps.text2sql.errors import UserError
-from steps.text2sql.params import MainParams, OwnMainParams, SweepCall, parse_sweep
+from steps.text2sql import active_run, artifacts, mlproject, reuse, run_page, screen, step_run, store_names
+from steps.text2sql.command_line import MainParams, SweepCall, parse_sweep
+from steps.text2sql.errors import Interrupted, UserError
+from steps.text2sql.params import OwnMainParams
 from steps.text2sql.run_folder import run_folder
 from steps.text2sql.search import Search, ShouldStop, Space
 from steps.text2sql.watcher import Watcher
@@ -24,8 +25,8 @@ def main(call: SweepCall) -> None:
         check_validation(dataset_uri)
         search = open_search(call, dataset_uri)
         search.run(call.own.trials, partial(train, call, dataset_uri))
-    except (KeyboardInterrupt, tracking.Interrupted) as error:
-        raise tracking.Interrupted(str(error), screen.to_go_on("sweep", call.given)) from error
+    except (KeyboardInterrupt, Interrupted) as error:
+        raise Interrupted(str(error), screen.to_go_on("sweep", call.given)) from error
     finish(call, search, dataset_uri)
 
 
@@ -37,12 +38,12 @@ def as_main(call: SweepCall) -> MainParams:
 def prepare(call: SweepCall) -> str:
     """URI of the dataset that all trials share."""
     prepared = run_step("prepare_data", as_main(call), title="data")
-    return f"runs:/{prepared.info.run_id}/{tracking.DATASET}"
+    return f"runs:/{prepared.info.run_id}/{store_names.DATASET}"
 
 
 def check_validation(dataset_uri: str) -> None:
     """Refuse a dataset by which no trial could be measured."""
-    if not tracking.read_manifest(dataset_uri).get("counts", {}).get("rows_validation"):
+    if not artifacts.read_manifest(dataset_uri).get("counts", {}).get("rows_validation"):
         raise UserError(
             f"dataset_uri={dataset_uri}: has no validation rows, by whose loss trials are compared; give "
             "validation_dataset, or more rows."
@@ -56,7 +57,7 @@ def open_search(call: SweepCall, dataset_uri: str) -> Search:
     fixed = reuse.fingerprint(
         "train",
         call.steps["train"] | {"dataset_uri": dataset_uri},
-        upstream={"dataset_uri": tracking.digest_of(dataset_uri)},
+        upstream={"dataset_uri": artifacts.digest_of(dataset_uri)},
         device=reuse.device_kind(),
         code=reuse.code_digest(),
     )
@@ -72,20 +73,20 @@ def train(
     """Train with these values as a child of this run; the last validation's loss, or None if stopped."""
     title, told = f"trial {number} of {call.own.trials}", recipe(call, values)
     print(f"\n{title}: {', '.join(f'{name} {value}' for name, value in told.items())}", flush=True)
-    watcher = Watcher(tracking.run_id(), should_stop, name=f"trial {number}")
+    watcher = Watcher(active_run.run_id(), should_stop, name=f"trial {number}")
     try:
         run = run_step(
             "train", as_main(call), title=title, watch=watcher.watching, dataset_uri=dataset_uri, **told
         )
-    except tracking.Interrupted:
+    except Interrupted:
         if not watcher.has_stopped:
             raise
         shutil.rmtree(run_folder(watcher.child), ignore_errors=True)  # its checkpoint
-        print(f"  stopped early: {tracking.EVAL_LOSS} was above the median of the others", flush=True)
+        print(f"  stopped early: {store_names.EVAL_LOSS} was above the median of the others", flush=True)
         return None
-    loss = run.data.metrics[tracking.EVAL_LOSS]
-    mlflow.log_metric(tracking.EVAL_LOSS, loss, step=number)
-    print(f"  {tracking.EVAL_LOSS} {loss:.4f}", flush=True)
+    loss = run.data.metrics[store_names.EVAL_LOSS]
+    mlflow.log_metric(store_names.EVAL_LOSS, loss, step=number)
+    print(f"  {store_names.EVAL_LOSS} {loss:.4f}", flush=True)
     return loss
 
 
@@ -103,12 +104,12 @@ def finish(call: SweepCall, search: Search, dataset_uri: str) -> None:
     """Log all trials and the best of them, and show the command that makes a model of it."""
     trials, best = search.table(), search.best()
     values = recipe(call, best.values)
-    mlflow.log_table(pandas.DataFrame(trials), tracking.TRIALS)
-    mlflow.log_metric(f"best_{tracking.EVAL_LOSS}", best.loss)
+    mlflow.log_table(pandas.DataFrame(trials), store_names.TRIALS)
+    mlflow.log_metric(f"best_{store_names.EVAL_LOSS}", best.loss)
     mlflow.log_params({f"best/{name}": value for name, value in values.items()})
     step, next_values = next_command(call, values, dataset_uri)
     text = screen.best_trial(trials, best.number, screen.step_command(step, next_values))
-    tracking.describe(text)
+    run_page.describe(text)
     print(text, flush=True)
 
 
@@ -123,4 +124,4 @@ def next_command(call: SweepCall, values: dict[str, str], dataset_uri: str) -> t
 
 
 if __name__ == "__main__":
-    tracking.run_in_run(lambda: main(parse_sweep(sys.argv[1:])))
+    step_run.run_in_run(lambda: main(parse_sweep(sys.argv[1:])))

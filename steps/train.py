@@ -2,8 +2,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import datasets
@@ -13,37 +11,42 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from steps.text2sql import (
+    active_run,
     adapter,
     base_model,
     collectives,
     figures,
     launching,
-    manifest,
     memory_plan,
+    prepared_data,
     processes,
     ranks,
     resume,
+    run_log,
     screen,
     sharding,
-    tracking,
+    shared_checkpoint,
+    step_run,
     training,
+    training_estimate,
+    training_speed,
 )
 from steps.text2sql.adapter import ParameterCount
 from steps.text2sql.checkpoints import Checkpoints
-from steps.text2sql.device import describe_device, operations_per_second
-from steps.text2sql.errors import UserError
+from steps.text2sql.device import describe_device
+from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.outputs import NoOutputs, Outputs
 from steps.text2sql.params import TrainParams
-from steps.text2sql.run_folder import run_folder, step_of
+from steps.text2sql.run_folder import run_folder
 from steps.text2sql.sql_model import (
     BaseModelError,
     load_base,
-    load_base_tokenizer,
     pick_device,
     quantization_config,
 )
-from steps.text2sql.tokenization import fingerprint
+from steps.text2sql.training_estimate import Work
+from steps.text2sql.training_speed import Speed
 
 # Settings that a training goes on with, `auto` resolved.
 RESOLVED = ("max_steps", "learning_rate", "warmup_steps", "optim")
@@ -69,11 +72,12 @@ def main(params: TrainParams) -> None:
 def train(params: TrainParams) -> None:
     """Train, and log the adapter with all that repeats it; so each of the processes that train together."""
     described, data = open_data(params)
-    tokenizer = load_tokenizer(described, params.dataset_uri)
+    tokenizer = prepared_data.load_tokenizer(described, params.dataset_uri)
     transformers.set_seed(params.seed)
     model, plan, count = load_model(params, described, data)
     settings = trainer_settings(params, plan, rows=len(data["train"]), frozen_parameters=count.frozen)
-    speed = speed_settings(params, model, data, steps=settings.max_steps, frozen_parameters=count.frozen)
+    speed, work = training_speed.of_devices(count.frozen), work_of(params, data, steps=settings.max_steps)
+    compile_layers(params, model, work, speed)
     with open_outputs(params, settings, described, model, tokenizer) as outputs:
         fit(params, settings, outputs, data, plan, speed)
     if params.resume_from and ranks.is_first():  # what it left on this machine is not needed any more
@@ -107,15 +111,15 @@ def fit(
     outputs: Outputs | NoOutputs,
     data: datasets.DatasetDict,
     plan: memory_plan.Plan,
-    speed: dict[str, float],
+    speed: Speed,
 ) -> None:
     """Train from the start or from a checkpoint, and keep adapter and curves.
 
     Raises:
-        tracking.Interrupted: a signal came; there is a checkpoint of the last step.
+        Interrupted: a signal came; there is a checkpoint of the last step.
     """
-    reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size, **speed)
-    with checkpoint_for_all(params.resume_from, outputs.recipe) as resume_from:
+    reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size, speed=speed)
+    with shared_checkpoint.found(params.resume_from, outputs.recipe) as resume_from:
         checkpoints = Checkpoints(
             outputs.save_checkpoint, save_steps=params.save_steps, resume_from=resume_from
         )
@@ -131,103 +135,58 @@ def fit(
             )
     if checkpoints.stopped_by:
         processes.ignore_terminations()  # a checkpoint is on its way to the store
-        raise tracking.Interrupted(checkpoints.stopped_by, how_to_go_on(params))
+        raise Interrupted(checkpoints.stopped_by, how_to_go_on(params))
     outputs.keep_adapter(settings.max_steps)
-    tracking.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
-    tracking.log_metrics(train_loss_mean=mean_loss)
-
-
-@contextmanager
-def checkpoint_for_all(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
-    """As `resume.checkpoint`, looked for once a machine.
-
-    Raises:
-        UserError: as there, or the machines found different ones.
-    """
-    with collectives.once_a_machine(lambda: resume.checkpoint(run_id, recipe)) as found:
-        step = step_of(found) if found else 0
-        if collectives.largest(step) != collectives.smallest(step):
-            raise UserError(
-                f"resume_from={run_id}: the machines found checkpoints of different steps, {step} on this "
-                f"one; copy the newest in {run_folder(run_id)} to all, or wait until the store has it."
-            )
-        yield found
+    run_log.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
+    run_log.log_metrics(train_loss_mean=mean_loss)
 
 
 def how_to_go_on(params: TrainParams) -> str:
     """What to type after this training was stopped; only the first of several processes says it."""
     if not ranks.is_first():
         return ""
-    values = {name: str(value) for name, value in vars(params).items()} | {"resume_from": tracking.run_id()}
+    values = {name: str(value) for name, value in vars(params).items()} | {"resume_from": active_run.run_id()}
     return screen.to_go_on("train", values)
 
 
 def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDict]:
     """What prepare_data made, for a base that this machine can train; the run is tagged with both."""
-    described, data = load_data(params.dataset_uri)
-    tracking.tag_data(base_model=described.base_model, dataset=described.dataset)
+    described, data = prepared_data.load(params.dataset_uri)
+    run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     return described, data
 
 
-def load_data(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
-    """What prepare_data made; fetched once a machine."""
-
-    def download() -> AbstractContextManager[Path]:
-        return tracking.downloaded(dataset_uri, parameter="dataset_uri", needs=manifest.FILE)
-
-    with collectives.once_a_machine(download) as folder:
-        described = manifest.read(DatasetManifest, folder, source=f"dataset_uri={dataset_uri}")
-        return described, datasets.load_from_disk(folder, keep_in_memory=True)
-
-
 def dry_run(params: TrainParams) -> None:
     """Say what a training in one process would choose and take, from shapes alone: no weights are fetched."""
-    tracking.tag_dry_run()
+    run_log.tag_dry_run()
     described, data = open_data(params)
-    base, (device, dtype) = base_model.skeleton(described.base_model), pick_device()
-    held, lora = base_model.held(base, params.quantization, dtype), lora_settings(params)
-    free = memory_plan.free_bytes(device) - held.bytes
-    trainable = adapter.size(base, lora)
+    base, lora = base_model.skeleton(described.base_model), lora_settings(params)
+    held, trainable = base_model.held(base, params.quantization, pick_device()[1]), adapter.size(base, lora)
+    free = memory_plan.free_bytes(pick_device()[0]) - held.bytes
     plan = plan_memory(params, base, data, trainable, free=free, four_bit=held.four_bit)
     count = adapter.count_parameters(adapter.attach(base, lora))
     log_base(params, described, count)
     settings = trainer_settings(params, plan, rows=len(data["train"]), frozen_parameters=count.frozen)
-    speed = speed_of_device(count.frozen)
-    step_tokens = training.mean_tokens(data["train"]) * params.batch_size
-    peak_bytes = memory_plan.peak_bytes(
-        plan,
-        memory_plan.Shape.of(base.config, dtype),
-        device=device,
-        weights=held.bytes,
-        four_bit=held.four_bit,
-        trainable=trainable,
-        step_tokens=step_tokens,
-    )
-    tokens = step_tokens * settings.max_steps
-    tracking.log_choices(
-        torch_compile=choose_compile(params, tokens=tokens, **speed),
-        **screen.estimates(
-            rows=len(data["train"]),
-            rows_to_train_on=settings.max_steps * params.batch_size,
+    work = work_of(params, data, steps=settings.max_steps)
+    peak_bytes = training_estimate.peak_bytes(base, held, plan, work, trainable=trainable)
+    speed = training_speed.of_devices(count.frozen)
+    run_log.log_choices(
+        torch_compile=training_speed.choose_compile(params.torch_compile, speed, tokens=work.tokens),
+        **training_estimate.describe(
+            work,
+            speed,
+            recompute=plan.recompute,
             peak_bytes=peak_bytes,
             download_bytes=base_model.to_download(described.base_model),
-            seconds=training.training_seconds(
-                tokens=tokens, device=device, recompute=plan.recompute, **speed
-            ),
         ),
     )
 
 
-def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTokenizerFast:
-    """Tokenizer of the base, which must be the one that the dataset was made with."""
-    tokenizer = load_base_tokenizer(described.base_model)
-    if fingerprint(tokenizer) != described.tokenizer_fingerprint:
-        raise UserError(
-            f"dataset_uri={dataset_uri}: was tokenized with another tokenizer than base model "
-            f"{described.base_model} has now; run prepare_data again."
-        )
-    return tokenizer
+def work_of(params: TrainParams, data: datasets.DatasetDict, *, steps: int) -> Work:
+    """What is to be trained on."""
+    rows = data["train"]
+    return Work(len(rows), training.mean_tokens(rows), params.batch_size, steps)
 
 
 def load_model(
@@ -238,19 +197,25 @@ def load_model(
     storage = pick_device()[1] if ranks.is_sharded() else torch.uint8
     base = load_base(described.base_model, params.quantization, storage=storage)
     lora = lora_settings(params)
-    collectives.smallest(0)  # when all have loaded it
-    free = collectives.smallest(memory_plan.free_bytes(pick_device()[0], processes=ranks.count_here()))
     four_bit = memory_plan.four_bit_parameters(base)
-    plan = plan_memory(params, base, data, adapter.size(base, lora), free=int(free), four_bit=four_bit)
+    plan = plan_memory(
+        params, base, data, adapter.size(base, lora), free=free_everywhere(), four_bit=four_bit
+    )
     model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
     count = adapter.count_parameters(model)
     quantization = quantization_config(params.quantization, pick_device()[1], storage=storage)
-    tracking.log_settings("lora", model.peft_config["default"].to_dict())
-    tracking.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
+    run_log.log_settings("lora", model.peft_config["default"].to_dict())
+    run_log.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     log_base(params, described, count)
     if ranks.is_sharded():
         sharding.shard(model)
     return model, plan, count
+
+
+def free_everywhere() -> int:
+    """Bytes that are free to every process, once all have loaded the base."""
+    collectives.smallest(0)
+    return int(collectives.smallest(memory_plan.free_bytes(pick_device()[0], processes=ranks.count_here())))
 
 
 def lora_settings(params: TrainParams) -> LoraConfig:
@@ -265,23 +230,15 @@ def lora_settings(params: TrainParams) -> LoraConfig:
 
 def log_base(params: TrainParams, described: DatasetManifest, count: ParameterCount) -> None:
     """Say what is trained, on what and where."""
-    tracking.log_choices(
+    run_log.log_choices(
         device=describe_device(),
-        processes=describe_processes(),
+        processes=ranks.describe(),
         base_model=f"{described.base_model}, quantization {params.quantization}",
         trainable=f"{count.trainable:,} of {count.all:,} parameters ({count.share:.2%})",
     )
-    tracking.log_metrics(
+    run_log.log_metrics(
         trainable_parameters=count.trainable, all_parameters=count.all, trainable_share=count.share
     )
-
-
-def describe_processes() -> str:
-    """How many train, and what is divided among them."""
-    if ranks.count() == 1:
-        return "1"
-    divided = "rows and base (FSDP)" if ranks.is_sharded() else "rows"
-    return f"{ranks.count()}, {ranks.count_here()} on this machine, {divided} divided among them"
 
 
 def plan_memory(
@@ -308,48 +265,16 @@ def plan_memory(
         micro_batch_tokens=params.micro_batch_tokens,
         sharded=ranks.is_sharded(),
     )
-    tracking.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
+    run_log.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
     return plan
 
 
-def speed_settings(
-    params: TrainParams,
-    model: PeftModel,
-    data: datasets.DatasetDict,
-    *,
-    steps: int,
-    frozen_parameters: int,
-) -> dict[str, float]:
-    """Compile the layers where that pays; what Reporter measures speed by comes back."""
-    speed = speed_of_device(frozen_parameters)
-    tokens = training.mean_tokens(data["train"]) * params.batch_size * steps
-    chosen = choose_compile(params, tokens=tokens, **speed)
+def compile_layers(params: TrainParams, model: PeftModel, work: Work, speed: Speed) -> None:
+    """Compile the layers where that pays."""
+    chosen = training_speed.choose_compile(params.torch_compile, speed, tokens=work.tokens)
     if chosen == "yes":
         training.compile_layers(model)
-    tracking.log_choices(torch_compile=chosen)
-    return speed
-
-
-def speed_of_device(frozen_parameters: int) -> dict[str, float]:
-    """What times are estimated and measured by."""
-    return {
-        "frozen_parameters": frozen_parameters,
-        "operations_per_second": operations_per_second() * ranks.count(),
-    }
-
-
-def choose_compile(params: TrainParams, *, tokens: float, **speed: float) -> str:
-    """`yes` or `no`; `auto` by whether so many tokens take long enough.
-
-    Raises:
-        UserError: yes, where the layers cannot be compiled.
-    """
-    pays = pick_device()[0] == "cuda" and training.compiling_pays(tokens=tokens, **speed)
-    can = not ranks.is_sharded()  # a compiled layer would hold on to weights that come and go
-    chosen = {"auto": "yes" if pays and can else "no"}.get(params.torch_compile, params.torch_compile)
-    if chosen == "yes" and not can:
-        raise UserError("torch_compile=yes: not with a base that is divided (FSDP); give auto or no.")
-    return chosen
+    run_log.log_choices(torch_compile=chosen)
 
 
 def trainer_settings(
@@ -365,7 +290,7 @@ def trainer_settings(
     chosen = training.resolve_auto(
         vars(params), frozen_parameters=frozen_parameters, steps=steps, device=pick_device()[0]
     )
-    tracking.log_choices(**{name: str(value) for name, value in chosen.items()}, steps=str(steps))
+    run_log.log_choices(**{name: str(value) for name, value in chosen.items()}, steps=str(steps))
     settings = training.arguments(
         Path(tempfile.gettempdir()),
         steps=steps,
@@ -378,9 +303,9 @@ def trainer_settings(
         logging_steps=params.logging_steps,
         seed=params.seed,
     )
-    tracking.log_settings("trainer", settings.to_dict())
+    run_log.log_settings("trainer", settings.to_dict())
     return settings
 
 
 if __name__ == "__main__":
-    tracking.run_step(TrainParams, main, user_errors=(BaseModelError,))
+    step_run.run_step(TrainParams, main, user_errors=(BaseModelError,))

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steps import evaluate, export, main, prepare_data, promote, register, train
-from steps.text2sql import packaging, params, reuse, sample_data, tracking
+from steps.text2sql import command_line, packaging, params, reuse, sample_data, step_run
 from steps.text2sql.mlproject import defaults
 from steps.text2sql.sql_model import BaseModelError
 
@@ -77,7 +77,7 @@ def call_step(step: str, **values: object) -> Run:
     """
     argv, sys.argv = sys.argv, [step, *words(defaults(step) | values)]
     try:
-        tracking.run_step(params.STEPS[step], STEPS[step].main, user_errors=(BaseModelError,))
+        step_run.run_step(params.STEPS[step], STEPS[step].main, user_errors=(BaseModelError,))
     finally:
         sys.argv = argv
     return mlflow.get_run(mlflow.last_active_run().info.run_id)
@@ -194,8 +194,8 @@ def run_main(**values: object) -> None:
     mlflow.projects.run = fork_step
     reuse.device_kind = lambda: "cpu"
     packaging.ask_in_fresh_process = lambda *_: "SELECT 1"
-    given = params.parse_main(words(defaults("main") | values))
-    tracking.run_in_run(lambda: main.main(given))
+    given = command_line.parse_main(words(defaults("main") | values))
+    step_run.run_in_run(lambda: main.main(given))
 
 
 def fork_step(

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from steps.text2sql import collectives, ranks, tracking
+from steps.text2sql import collectives, ranks, step_run
 from steps.text2sql.errors import UserError
 
 
@@ -35,4 +35,4 @@ def stop() -> None:
 
 
 if __name__ == "__main__":
-    tracking.run_in_run(body)
+    step_run.run_in_run(body)

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
 
-from steps import train
-from steps.text2sql import adapter, sql_model
+from steps.text2sql import adapter, prepared_data, sql_model
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.tokenization import fingerprint
@@ -178,7 +177,7 @@ def test_padding_and_cutting_in_the_bases_tokenizer_are_not_saved(tiny_base, tmp
     tokenizer.backend_tokenizer.enable_padding(length=8)
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.save_pretrained(tmp_path / "base")
-    loaded = train.load_tokenizer(
+    loaded = prepared_data.load_tokenizer(
         DatasetManifest(
             **DESCRIBED.dataset
             | {"base_model": str(tmp_path / "base"), "tokenizer_fingerprint": fingerprint(tokenizer)}

@@ -275,13 +275,14 @@ def test_all_settings_of_lora_and_quantization_are_logged(chain):
 def test_evaluate_logs_the_metrics_of_the_version_and_of_its_base(chain):
     names = {f"{name}{end}" for name in EVALUATION_METRICS for end in ("", "_low", "_high")}
     logged = {name for name in chain.evaluate.data.metrics if "/" not in name}
-    assert logged == names | {f"base_{name}" for name in names} | {"evaluated_rows"}
+    others = {f"{prefix}{name}" for prefix in ("base_", "unrepaired_") for name in names}
+    assert logged == names | others | {"evaluated_rows"}
     assert chain.evaluate.data.metrics["evaluated_rows"] == 6
 
 
 def test_the_table_of_predictions_has_verdicts_of_the_version_and_of_its_base(chain):
     table = load_dict(of_artifact(chain.evaluate, "predictions.json"))
-    of_model = ["prediction", *EVALUATION_METRICS, "reason", "detail"]
+    of_model = ["prediction", "generated", *EVALUATION_METRICS, "reason", "detail"]
     expected = {"question", "context", "gold", *of_model, *(f"base_{name}" for name in of_model)}
     assert set(table["columns"]) == expected
     frame = pandas.DataFrame(**table)

@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from steps import register
-from steps.text2sql import tracking
+from steps.text2sql import model_versions, project_source, retries, run_log
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
 from tests.conftest import QUICK, Forked, plain_rows, run_main, tracking_at, write_jsonl
@@ -46,7 +46,7 @@ def model(request, new_store):
 def test_four_registrations_at_once_get_versions_of_their_own_and_the_newest_is_challenger(
     model, monkeypatch
 ):
-    monkeypatch.setattr(tracking, "git_commit", lambda: "")
+    monkeypatch.setattr(project_source, "git_commit", lambda: "")
     names = [field.name for field in dataclasses.fields(DatasetManifest)]
     described = AdapterManifest("nf4", 6, 6, dict.fromkeys(names, ""))
     versions = register_at_once(model, described)
@@ -60,9 +60,9 @@ def test_a_registration_that_never_gets_a_number_is_an_error(store, monkeypatch)
         raise mlflow.MlflowException("Model Version creation error. Giving up after 3 attempts.")
 
     monkeypatch.setattr(mlflow, "register_model", taken)
-    monkeypatch.setattr(tracking.random, "uniform", lambda *_: 0)
+    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
     with pytest.raises(mlflow.MlflowException, match="Giving up"):
-        tracking.register_version("models:/m-1", "together", {})
+        model_versions.register_version("models:/m-1", "together", {})
 
 
 def test_two_that_set_an_alias_for_the_first_time_both_succeed(store, monkeypatch):
@@ -77,8 +77,8 @@ def test_two_that_set_an_alias_for_the_first_time_both_succeed(store, monkeypatc
         set_alias(client, name, alias, version)
 
     monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", collide)
-    monkeypatch.setattr(tracking.random, "uniform", lambda *_: 0)
-    tracking.point_to_newest("text2sql", "newest")
+    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
+    model_versions.point_to_newest("text2sql", "newest")
     assert len(calls) == 2
     newest = mlflow.MlflowClient().get_model_version_by_alias("text2sql", "newest")
     assert str(newest.version) == calls[1]
@@ -94,9 +94,9 @@ def test_two_that_log_a_dataset_for_the_first_time_both_succeed(store, monkeypat
         log_input(*given, **named)
 
     monkeypatch.setattr(mlflow, "log_input", collide)
-    monkeypatch.setattr(tracking.random, "uniform", lambda *_: 0)
+    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
     with mlflow.start_run() as run:
-        tracking.log_input(mlflow.data.from_pandas(pandas.DataFrame({"a": [1]}), name="rows"), "training")
+        run_log.log_input(mlflow.data.from_pandas(pandas.DataFrame({"a": [1]}), name="rows"), "training")
     [found] = mlflow.get_run(run.info.run_id).inputs.dataset_inputs
     assert (found.dataset.name, len(calls)) == ("rows", 2)
 

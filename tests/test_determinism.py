@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from steps.text2sql import manifest, tracking
+from steps.text2sql import artifacts, manifest
 from tests.conftest import PROJECT, QUICK, call_step, plain_rows, write_jsonl
 
 # In a process of its own, in another folder, with another seed of Python's hashes.
@@ -24,8 +24,8 @@ def make(base, rows, scratch):
     prepared = call_step("prepare_data", base_model=base, dataset=rows)
     uri = f"runs:/{prepared.info.run_id}/dataset"
     trained = call_step("train", **QUICK | {"lora_dropout": 0.1, "dataset_uri": uri})
-    weights = tracking.download(f"runs:/{trained.info.run_id}/adapter/adapter_model.safetensors", scratch)
-    return [tracking.digest_of(uri), manifest.sha256(weights)]
+    weights = artifacts.download(f"runs:/{trained.info.run_id}/adapter/adapter_model.safetensors", scratch)
+    return [artifacts.digest_of(uri), manifest.sha256(weights)]
 
 
 @pytest.mark.slow

@@ -4,8 +4,18 @@ import mlflow
 import pytest
 
 from steps import main, train
-from steps.text2sql import base_model, hub, resume, reuse, screen, tracking
-from steps.text2sql.params import parse_main
+from steps.text2sql import (
+    artifacts,
+    base_model,
+    earlier_runs,
+    hub,
+    resume,
+    reuse,
+    run_log,
+    screen,
+    store_names,
+)
+from steps.text2sql.command_line import parse_main
 from tests.conftest import QUICK, call_step, defaults, tracking_at, words
 
 QUICK_TEXT = {name: str(value) for name, value in QUICK.items()}
@@ -21,13 +31,13 @@ def planned(finished_chain):
 
 def test_it_ends_well_tagged_and_leaves_nothing(planned, chain):
     assert planned.info.status == "FINISHED"
-    assert planned.data.tags[tracking.TAG_DRY_RUN] == "yes"
-    assert tracking.artifacts(planned.info.run_id) == []
-    assert tracking.TAG_DRY_RUN not in chain.train.data.tags
+    assert planned.data.tags[store_names.TAG_DRY_RUN] == "yes"
+    assert artifacts.listed(planned.info.run_id) == []
+    assert store_names.TAG_DRY_RUN not in chain.train.data.tags
 
 
 def test_it_says_what_the_training_chose(planned, chain):
-    dry, real = tracking.choices(planned), tracking.choices(chain.train)
+    dry, real = run_log.choices(planned), run_log.choices(chain.train)
     same = ("device", "base_model", "trainable", "learning_rate", "warmup_steps", "optim", "steps")
     assert {name: dry[name] for name in same} == {name: real[name] for name in same}
     assert dry["torch_compile"] == real["torch_compile"]
@@ -35,7 +45,7 @@ def test_it_says_what_the_training_chose(planned, chain):
 
 def test_it_says_rows_memory_download_and_time(planned, chain):
     rows = int(chain.prepare_data.data.metrics["rows_train"])
-    chosen = tracking.choices(planned)
+    chosen = run_log.choices(planned)
     assert chosen["rows"] == f"24 in all, out of {rows} ({24 / rows:.2g} epochs)"
     assert chosen["peak_memory"].startswith("about ")
     assert chosen["download"] == "none"
@@ -47,7 +57,7 @@ def test_it_is_never_taken_for_a_training(planned, chain):
     named = {"upstream": {}, "device": "cpu", "code": "c"}
     dry = reuse.fingerprint("train", values | {"dry_run": "yes"}, **named)
     assert dry != reuse.fingerprint("train", values, **named)
-    assert not tracking._remains("train", planned)
+    assert not earlier_runs.remains("train", planned)
     assert not resume.can_go_on(planned.info.run_id)
 
 
@@ -77,8 +87,8 @@ def main_on(chain, monkeypatch):
 def test_main_prepares_plans_and_stops_there(planned, main_on, capsys):
     asked, run = main_on(planned, dry_run="yes", max_steps=7)
     assert asked == ["prepare_data", "train"]
-    assert run.data.tags[tracking.TAG_DRY_RUN] == "yes"
-    assert tracking.TAG_MODEL_VERSION not in run.data.tags
+    assert run.data.tags[store_names.TAG_DRY_RUN] == "yes"
+    assert store_names.TAG_MODEL_VERSION not in run.data.tags
     printed = capsys.readouterr().out
     assert "Dry run" in printed
     assert printed.count("\n") < 15
@@ -95,8 +105,8 @@ def test_main_without_it_runs_all_and_describes_the_run_with_links(planned, main
     for step in asked:
         assert f"[{step}](#/experiments/0/runs/{getattr(chain, step).info.run_id}) (" in note
     assert run.info.run_name == "text2sql v1"
-    assert run.data.tags[tracking.TAG_DATASET] == "sample"
-    assert run.data.tags[tracking.TAG_PROMOTED] == "yes"
+    assert run.data.tags[store_names.TAG_DATASET] == "sample"
+    assert run.data.tags[store_names.TAG_PROMOTED] == "yes"
 
 
 def test_weights_that_this_machine_has_are_not_to_be_downloaded(monkeypatch):

@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from steps import main
-from steps.text2sql import packaging, params, tracking, training
+from steps.text2sql import command_line, lost_runs, packaging, training
 from steps.text2sql.errors import UserError
 from tests import conftest
 from tests.conftest import QUICK, Forked, defaults, plain_rows, tracking_at, words, write_jsonl
@@ -73,7 +73,7 @@ def story(new_store, tiny_base, tmp_path_factory):
 
 def test_a_pipeline_that_was_killed_is_failed_when_the_next_one_begins(story):
     for run in (story.mains[0], story.steps[0]["train"]):
-        assert (run.info.status, run.data.tags["failure_reason"]) == ("FAILED", tracking.LOST)
+        assert (run.info.status, run.data.tags["failure_reason"]) == ("FAILED", lost_runs.LOST)
         assert f"Run {run.info.run_id} " in story.printed[1]
     assert story.steps[0]["prepare_data"].info.status == "FINISHED"
 
@@ -109,7 +109,7 @@ def started(story, monkeypatch, step, **values):
     """What a further pipeline starts for a step: its values, or None where it reuses the step."""
     monkeypatch.setattr(main.reuse, "device_kind", lambda: "cpu")
     monkeypatch.setattr(main, "start_step", lambda step, values, *_: values)
-    given = params.parse_main(words(defaults("main") | story.values | values))
+    given = command_line.parse_main(words(defaults("main") | story.values | values))
     with tracking_at(story.store), mlflow.start_run():
         dataset = f"runs:/{story.steps[0]['prepare_data'].info.run_id}/dataset"
         found = main.run_step(step, given, **({"dataset_uri": dataset} if step == "train" else {}))

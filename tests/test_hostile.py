@@ -20,12 +20,14 @@ from safetensors.torch import save_file
 
 from steps.text2sql import (
     checkpoints,
+    command_line,
     dataset,
     evaluation_run,
     failures,
     gold_query,
     manifest,
     order_keys,
+    parameter_checks,
     params,
     prompt_template,
     resume,
@@ -184,7 +186,7 @@ def test_extracting_sql_takes_any_text(text):
 @given(
     content=st.binary(max_size=200)
     | st.sampled_from([b"\xff\xfe", b"\x00" * 50, b"[" * 100_000, b'{"a":' * 50_000]),
-    suffix=st.sampled_from(params.DATA_SUFFIXES),
+    suffix=st.sampled_from(parameter_checks.DATA_SUFFIXES),
 )
 def test_a_file_of_any_bytes_is_rows_or_a_message(tmp_path_factory, content, suffix):
     file = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
@@ -392,16 +394,16 @@ def test_any_parameters_are_parsed_or_refused_with_a_message(step, changed, name
     values = known | {list(known)[name % len(known)]: value} | changed
     with suppress(UserError):
         if step == "main":
-            params.parse_main(words(values))
+            command_line.parse_main(words(values))
         else:
-            params.parse(params.CHAIN[step], words(values))
+            command_line.parse(params.CHAIN[step], words(values))
 
 
 @FAST
 @given(st.lists(ANY_TEXT, max_size=7))
 def test_any_words_are_pairs_or_refused_with_a_message(argv):
     with pytest.raises(UserError):
-        params.parse(params.PromoteParams, argv)
+        command_line.parse(params.PromoteParams, argv)
 
 
 @FAST

@@ -13,8 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from mlflow.artifacts import download_artifacts
 from safetensors.torch import load_file
 
-from steps.text2sql import launch_config, launching, tracking
-from steps.text2sql.errors import UserError
+from steps.text2sql import artifacts, launch_config, launching
+from steps.text2sql.errors import Interrupted, UserError
 from tests.conftest import PROJECT, QUICK, call_step, defaults, failure, words
 
 END_LIMIT_SECONDS = 30
@@ -140,7 +140,7 @@ def test_two_processes_leave_what_one_leaves(chain, config, capfd):
     # AdamW moves a weight by the learning rate where its gradient is near zero, whatever its sign.
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
     for path in ("", "checkpoints"):
-        assert tracking.artifacts(run.info.run_id, path) == tracking.artifacts(chain.train.info.run_id, path)
+        assert artifacts.listed(run.info.run_id, path) == artifacts.listed(chain.train.info.run_id, path)
     assert chain.train.data.params.keys() <= run.data.params.keys()
     assert run.data.params["chosen/processes"] == "2, 2 on this machine, rows divided among them"
     printed = capfd.readouterr()
@@ -172,9 +172,7 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, co
     assert "dry_run" not in output
     run = mlflow.get_run(first.removeprefix("Checkpoint: runs:/").split("/")[0])
     assert (run.info.status, run.data.tags["stopped_by"]) == ("KILLED", "SIGTERM")
-    newest = max(
-        tracking.artifacts(run.info.run_id, "checkpoints"), key=lambda path: int(path.split("-")[-1])
-    )
+    newest = max(artifacts.listed(run.info.run_id, "checkpoints"), key=lambda path: int(path.split("-")[-1]))
     last = max(p.step for p in mlflow.MlflowClient().get_metric_history(run.info.run_id, "train_loss"))
     assert newest == f"checkpoints/checkpoint-{last}"
 
@@ -185,7 +183,7 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, co
         ("fails", UserError, "^rows: there are none$"),
         ("breaks", UserError, "^process 1: ZeroDivisionError: division by zero$"),
         ("is_killed", UserError, "process 1 was killed by SIGKILL"),
-        ("is_stopped", tracking.Interrupted, "^SIGTERM$"),
+        ("is_stopped", Interrupted, "^SIGTERM$"),
     ],
 )
 def test_one_that_does_not_end_well_ends_all_with_its_reason(store, config, capfd, how, error, reason):

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import mlflow
 import pytest
 
-from steps.text2sql import liveness, resume, tracking
+from steps.text2sql import earlier_runs, liveness, lost_runs, resume, step_run, store_names
 from steps.text2sql.errors import UserError
 
 
@@ -93,7 +93,7 @@ def statuses(*run_ids):
     return [(run.info.status, run.data.tags.get("failure_reason")) for run in found]
 
 
-LOST = ("FAILED", tracking.LOST)
+LOST = ("FAILED", lost_runs.LOST)
 LEFT = ("RUNNING", None)
 
 
@@ -105,7 +105,7 @@ def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(store, c
     its_train = begun("train", at_work)
     with living(main, train) as killed, living(at_work):
         end(killed)
-        tracking.run_in_run(lambda: None)
+        step_run.run_in_run(lambda: None)
         # register had begun, but its process had not yet.
         assert statuses(main, train, register) == [LOST, LOST, LOST]
         assert statuses(sent, elsewhere, at_work, its_train) == [LEFT, LEFT, LEFT, LEFT]
@@ -117,7 +117,7 @@ def test_a_step_whose_main_is_at_work_is_left_to_it(store):
     train = begun("train", main)
     with living(main), living(train) as killed:
         end(killed)
-        tracking.run_in_run(lambda: None)
+        step_run.run_in_run(lambda: None)
         assert statuses(main, train) == [LEFT, LEFT]
 
 
@@ -128,7 +128,7 @@ def test_a_step_whose_main_was_killed_meanwhile_does_not_begin(store, monkeypatc
         end(killed)
     monkeypatch.setenv("MLFLOW_RUN_ID", train)
     with pytest.raises(SystemExit, match="Stopped by the end of main"):
-        tracking.run_in_run(lambda: pytest.fail("it began"))
+        step_run.run_in_run(lambda: pytest.fail("it began"))
     run = mlflow.get_run(train)
     assert (run.info.status, run.data.tags["stopped_by"]) == ("KILLED", "the end of main")
 
@@ -137,11 +137,11 @@ def test_the_training_that_was_killed_is_gone_on_with_and_one_at_work_is_not(sto
     client = mlflow.MlflowClient()
     killed, at_work, elsewhere = (begun("train") for _ in range(3))
     for run_id in (killed, at_work, elsewhere):
-        client.set_tag(run_id, tracking.TAG_FINGERPRINT, "f")
+        client.set_tag(run_id, store_names.TAG_FINGERPRINT, "f")
     found = []
     with living(killed) as process, living(at_work):
         end(process)
-        tracking.run_in_run(lambda: found.extend(tracking.unfinished_before("f")))
+        step_run.run_in_run(lambda: found.extend(earlier_runs.unfinished_before("f")))
     assert sorted(found) == sorted([killed, elsewhere])
 
 

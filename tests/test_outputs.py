@@ -11,7 +11,7 @@ import mlflow.cli
 import pytest
 from mlflow.artifacts import download_artifacts
 
-from steps.text2sql import adapter, outputs, tracking
+from steps.text2sql import adapter, artifacts, outputs
 from steps.text2sql.outputs import Outputs
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in
 from tests.conftest import (
@@ -93,7 +93,7 @@ def test_a_disk_that_takes_nothing_at_all_is_said(dataset_uri, monkeypatch):
 def test_a_store_that_refuses_leaves_the_adapter_on_the_disk_and_says_how_to_log_it(
     dataset_uri, monkeypatch, capsys
 ):
-    monkeypatch.setattr(tracking, "log_folder", refuses)
+    monkeypatch.setattr(artifacts, "log_folder", refuses)
     monkeypatch.setattr(outputs, "STOPPED_SECONDS", 0.1)
     message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
     folder = run_folder(run.info.run_id) / "adapter"

@@ -4,14 +4,16 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import psutil
 import pytest
 from mlflow.projects._project_spec import load_project
 
-from steps.text2sql import params
+from steps.text2sql import processes
+from steps.text2sql.command_line import parse, parse_main
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import CHAIN, SET_BY_MAIN, parse, parse_main
+from steps.text2sql.params import CHAIN, NOT_FROM_MAIN, SET_BY_MAIN
 from tests.conftest import PROJECT, defaults, words
 
 # What the steps before find out, so that the defaults of MLproject make a whole command line.
@@ -46,7 +48,7 @@ def main_refusal(**values: object) -> str:
 @pytest.fixture
 def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for the one in which the user typed the command."""
-    monkeypatch.setattr(params, "users_folder", lambda: tmp_path)
+    monkeypatch.setattr(processes, "users_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -59,7 +61,7 @@ def test_the_defaults_of_main_are_valid_and_reach_every_step_that_declares_them(
     found = parse_main(words(defaults("main")))
     assert found.own.promotion == "auto"
     for step, values in found.steps.items():
-        declared = set(CHAIN[step].__annotations__) - params.NOT_FROM_MAIN.get(step, set())
+        declared = set(CHAIN[step].__annotations__) - NOT_FROM_MAIN.get(step, set())
         assert values == {n: v for n, v in defaults("main").items() if n in declared}
     assert {name for values in found.steps.values() for name in values} == set(defaults("main")) - {
         *("promotion", "resume", "reuse")
@@ -458,7 +460,7 @@ def test_main_names_its_missing_parameters():
 def test_a_parameter_that_several_steps_declare_has_one_meaning():
     hints: dict[str, object] = {}
     for step, kind in CHAIN.items():
-        for name, hint in params.get_type_hints(kind, include_extras=True).items():
+        for name, hint in get_type_hints(kind, include_extras=True).items():
             if (step, name) not in {("evaluate", "dataset"), ("evaluate", "dataset_uri")}:  # may be empty
                 assert hints.setdefault(name, hint) == hint
 
@@ -487,18 +489,18 @@ def test_the_users_folder_is_that_of_the_nearest_mlflow_which_may_be_run_by_anot
     ancestors(
         process("bash", "-c", "python -m steps.main", cwd="/project"), typed, other, process("zsh", cwd="/")
     )
-    assert params.users_folder() == Path("/home/me")
+    assert processes.users_folder() == Path("/home/me")
 
 
 def test_python_m_mlflow_is_a_launcher_too(ancestors):
     ancestors(process("python", "-m", "mlflow", "run", ".", cwd="/home/me"))
-    assert params.users_folder() == Path("/home/me")
+    assert processes.users_folder() == Path("/home/me")
 
 
 def test_without_mlflow_the_users_folder_is_this_one(ancestors, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ancestors(process("zsh"), process("/sbin/init"))
-    assert params.users_folder() == tmp_path
+    assert processes.users_folder() == tmp_path
 
 
 def test_a_process_that_may_not_be_looked_at_is_passed_over(ancestors):
@@ -508,10 +510,10 @@ def test_a_process_that_may_not_be_looked_at_is_passed_over(ancestors):
 
     launchd = SimpleNamespace(cmdline=refuse, cwd=refuse)
     ancestors(process("python", "mlflow", "run", ".", cwd="/home/me"), launchd)
-    assert params.users_folder() == Path("/home/me")
+    assert processes.users_folder() == Path("/home/me")
 
 
 def test_a_terminal_session_named_mlflow_is_no_launcher(ancestors):
     typed = process("python", "/env/bin/mlflow", "run", ".", cwd="/home/me/project")
     ancestors(typed, process("screen", "-S", "mlflow", cwd="/home/me"))
-    assert params.users_folder() == Path("/home/me/project")
+    assert processes.users_folder() == Path("/home/me/project")

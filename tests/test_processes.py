@@ -10,7 +10,7 @@ import mlflow
 import psutil
 import pytest
 
-from steps.text2sql import processes, tracking
+from steps.text2sql import child_runs, processes, step_run
 from tests.conftest import Forked
 
 DEAF = (
@@ -85,7 +85,7 @@ def test_without_a_signal_nothing_is_touched_and_handlers_go_back(family):
 def test_a_signal_ends_the_step_that_a_step_started_and_kills_both_runs(store, tmp_path, monkeypatch):
     (tmp_path / "MLproject").write_text(SLEEPING)
     monkeypatch.setattr(tracking, "PROJECT", tmp_path)
-    with Forked(lambda: tracking.run_in_run(lambda: tracking.run_child("evaluate", {}))) as process:
+    with Forked(lambda: step_run.run_in_run(lambda: child_runs.run("evaluate", {}))) as process:
         end = time.monotonic() + LIMIT_SECONDS
         while not (tmp_path / "begun").exists():
             assert time.monotonic() < end

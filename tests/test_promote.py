@@ -16,7 +16,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
 
 from steps import promote
-from steps.text2sql import promotion_lock, promotions, scored_rows, tracking, training_rows
+from steps.text2sql import (
+    artifacts,
+    child_runs,
+    promotion_lock,
+    promotions,
+    scored_rows,
+    training_rows,
+)
 from tests.conftest import PROJECT, call_step, defaults, failure, tracking_at, words
 
 NO_RUN = "0" * 32
@@ -264,7 +271,7 @@ def evaluate_step(monkeypatch):
         mlflow.MlflowClient().set_terminated(run.info.run_id, status)
         return run
 
-    monkeypatch.setattr(tracking, "run_child", run_child)
+    monkeypatch.setattr(child_runs, "run", run_child)
     return calls
 
 
@@ -346,7 +353,7 @@ def second_version(finished_chain, tmp_path, monkeypatch):
         mlflow.register_model(source, MODEL)
         prepared = Path(mlflow.artifacts.download_artifacts(finished_chain.dataset_uri, dst_path=tmp_path))
         chosen = scored_rows.choose(scored_rows.of_prepared(prepared, source=""), 40)
-        with mlflow.start_run() as run, tracking.logged_folder("rows") as folder:
+        with mlflow.start_run() as run, artifacts.logged_folder("rows") as folder:
             rows = scored_rows.write(chosen, folder, seed=42).rename(columns={"answer": "gold"})
             log_evaluation(2, rows.assign(execution_accuracy=True, base_execution_accuracy=False))
         yield run.info.run_id
@@ -488,11 +495,11 @@ def test_a_version_that_does_not_exist_is_refused(scored):
 AT_ONCE = """\
 import json, os, sys
 from steps import promote
-from steps.text2sql import params, tracking
+from steps.text2sql import params, step_run
 for argv in json.loads(sys.argv[1]):
     if not os.fork():
         sys.argv = ["promote", *argv]
-        tracking.run_step(params.PromoteParams, promote.main)
+        step_run.run_step(params.PromoteParams, promote.main)
         os._exit(0)
 codes = [os.wait()[1] for _ in json.loads(sys.argv[1])]
 sys.exit(any(codes))

@@ -9,9 +9,10 @@ import mlflow
 import pytest
 
 from steps import main
-from steps.text2sql import processes, tracking
+from steps.text2sql import artifacts, processes, step_run, store_names
+from steps.text2sql.command_line import parse, parse_main
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import CHAIN, parse, parse_main
+from steps.text2sql.params import CHAIN
 from tests import plugin_backend
 from tests.conftest import QUICK, defaults, words
 
@@ -22,7 +23,7 @@ LIMIT_SECONDS = 60
 def plugin(tmp_path, monkeypatch):
     """The plugin `elsewhere`, installed."""
     plugin_backend.install(tmp_path, monkeypatch)
-    monkeypatch.delenv(tracking.FINGERPRINT_VARIABLE, raising=False)
+    monkeypatch.delenv(step_run.FINGERPRINT_VARIABLE, raising=False)
 
 
 def sent(dataset_uri="/tmp", **config):
@@ -68,7 +69,7 @@ def test_a_run_elsewhere_is_waited_for_and_is_a_child_with_its_fingerprint(store
     assert run.info.run_id == the_run().info.run_id
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert run.data.tags[tracking.TAG_FINGERPRINT] == "the fingerprint"
+    assert run.data.tags[store_names.TAG_FINGERPRINT] == "the fingerprint"
     assert (run.info.run_name, run.data.tags["mlflow.project.backend"]) == ("train", "elsewhere")
     # What is for main alone stays here, and train has its defaults.
     assert run.data.params["project_backend"] == "local"
@@ -115,5 +116,5 @@ def test_train_elsewhere_leaves_an_adapter_that_the_next_step_finds(chain):
     with mlflow.start_run():
         run = sent(chain.dataset_uri)
     assert run.info.status == "FINISHED"
-    assert "adapter/adapter_model.safetensors" in tracking.artifacts(run.info.run_id, "adapter")
+    assert "adapter/adapter_model.safetensors" in artifacts.listed(run.info.run_id, "adapter")
     assert run.data.params["lora_r"] == "4"

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from steps.text2sql import reuse, tracking
+from steps.text2sql import artifacts, reuse
 from tests.conftest import PROJECT, call_step, plain_rows, write_jsonl
 
 VALUES = {"dataset_uri": "runs:/a/dataset", "max_steps": "7"}
@@ -117,7 +117,7 @@ def test_a_dataset_made_again_has_the_very_bytes(store, tiny_base, tmp_path):
 
     file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
     digests = {
-        tracking.digest_of(
+        artifacts.digest_of(
             f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
         )
         for _ in range(2)

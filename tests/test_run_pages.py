@@ -3,7 +3,7 @@
 import mlflow
 import pytest
 
-from steps.text2sql import tracking
+from steps.text2sql import run_page, step_run
 from tests.conftest import failure
 
 
@@ -29,9 +29,9 @@ def test_runs_can_be_found_by_their_base_and_dataset(chain, tiny_base):
 
 @pytest.mark.parametrize("typed", [[], ["--run-name", "mine"]])
 def test_a_run_gets_the_name_of_its_step_unless_the_user_named_it(store, monkeypatch, typed):
-    monkeypatch.setattr(tracking.processes, "users_command", lambda: ["mlflow", "run", ".", *typed])
+    monkeypatch.setattr(run_page.processes, "users_command", lambda: ["mlflow", "run", ".", *typed])
     with mlflow.start_run(run_name="mine") as run:
-        tracking.name_run("train")
+        run_page.name_run("train")
     assert mlflow.get_run(run.info.run_id).info.run_name == ("mine" if typed else "train")
 
 
@@ -40,8 +40,8 @@ def test_a_step_logs_how_busy_the_machine_was_unless_the_user_forbids_it(store, 
     start_run = mlflow.start_run
     monkeypatch.setattr(mlflow, "start_run", lambda **named: asked.append(named) or start_run())
     monkeypatch.delenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", raising=False)
-    tracking.run_in_run(lambda: None, measure=True)
-    tracking.run_in_run(lambda: None)
+    step_run.run_in_run(lambda: None, measure=True)
+    step_run.run_in_run(lambda: None)
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-    tracking.run_in_run(lambda: None, measure=True)
+    step_run.run_in_run(lambda: None, measure=True)
     assert [named["log_system_metrics"] for named in asked] == [True, False, None]

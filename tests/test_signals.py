@@ -11,7 +11,7 @@ import mlflow
 import psutil
 import pytest
 
-from steps.text2sql import params, reuse, tracking
+from steps.text2sql import artifacts, command_line, reuse, step_run, store_names
 from tests.conftest import (
     PROJECT,
     QUICK,
@@ -45,9 +45,9 @@ def shared(new_store, tiny_base, tmp_path_factory):
 
 def prepare(values, patch):
     """Prepare the dataset as main would, which then has it already."""
-    of_step = params.parse_main(words(defaults("main") | values)).steps["prepare_data"]
+    of_step = command_line.parse_main(words(defaults("main") | values)).steps["prepare_data"]
     found = reuse.fingerprint("prepare_data", of_step, upstream={}, device="cpu", code=reuse.code_digest())
-    patch.setenv(tracking.FINGERPRINT_VARIABLE, found)
+    patch.setenv(step_run.FINGERPRINT_VARIABLE, found)
     call_step("prepare_data", **of_step)
 
 
@@ -121,7 +121,7 @@ def wait_for_checkpoint(earlier):
     end = time.monotonic() + START_LIMIT_SECONDS
     while time.monotonic() < end:
         run = newest_train()
-        if run and run.info.run_id != earlier and tracking.artifacts(run.info.run_id, tracking.CHECKPOINTS):
+        if run and run.info.run_id != earlier and artifacts.listed(run.info.run_id, store_names.CHECKPOINTS):
             return
         time.sleep(0.1)
     pytest.fail("no checkpoint was logged")

@@ -10,9 +10,9 @@ import optuna
 import pytest
 
 from steps import sweep
-from steps.text2sql import reuse, tracking
+from steps.text2sql import child_runs, reuse
+from steps.text2sql.command_line import parse_main, parse_sweep
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import parse_main, parse_sweep
 from steps.text2sql.processes import Stopper
 from steps.text2sql.watcher import Watcher
 from tests.conftest import QUICK, defaults, words
@@ -154,9 +154,9 @@ def test_trainings_are_processes_of_their_own_and_a_bad_one_is_stopped(chain, tm
     assert [one.info.run_name for one in children] == ["trial 1", "trial 2"]
     assert [one.info.status for one in children] == ["FINISHED", "KILLED"]
     finished, stopped = children
-    assert len(tracking.curve(finished.info.run_id, "eval_loss")) == 3
+    assert len(child_runs.curve(finished.info.run_id, "eval_loss")) == 3
     assert stopped.data.tags["stopped_by"] == "stopped early"
-    assert len(tracking.curve(stopped.info.run_id, "eval_loss")) in (1, 2)
+    assert len(child_runs.curve(stopped.info.run_id, "eval_loss")) in (1, 2)
     assert list((tmp_path / "cache" / "text2sql-qlora" / "runs").iterdir()) == []
     printed = capfd.readouterr().out
     assert "| 2 | " in printed
@@ -202,4 +202,4 @@ def test_the_watcher_asks_once_for_each_validation_and_stops_a_bad_training(stor
     assert asked == [(1, 4.0), (2, 6.0)]
     assert stopper.stopped_by == "stopped early"
     assert client.get_run(child).info.run_name == "trial 2"
-    assert tracking.newest_child(parent, "train") == watcher.child == child
+    assert child_runs.newest_child(parent, "train") == watcher.child == child

@@ -13,9 +13,12 @@ import pytest
 from mlflow.entities import Run
 from pydantic import Field
 
-from steps.text2sql import tracking
-from steps.text2sql.errors import UserError
-from steps.text2sql.tracking import downloaded, log_settings, model_version, run_in_run
+from steps.text2sql import active_run, artifacts, processes, project_source, run_log, step_run
+from steps.text2sql.artifacts import downloaded
+from steps.text2sql.errors import Interrupted, UserError
+from steps.text2sql.model_versions import model_version
+from steps.text2sql.run_log import log_settings
+from steps.text2sql.step_run import run_in_run
 
 NO_FILES = '{"files": {}}'
 
@@ -97,7 +100,7 @@ def test_a_step_that_returns_is_finished():
 def test_a_step_gets_the_parameters_of_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["step", "--number", "7"])
     got = []
-    tracking.run_step(OneNumber, got.append)
+    step_run.run_step(OneNumber, got.append)
     assert got == [OneNumber(7)]
 
 
@@ -105,7 +108,7 @@ def test_a_step_gets_the_parameters_of_the_command_line(monkeypatch):
 def test_a_bad_command_line_is_a_failed_run_with_the_reason(monkeypatch):
     monkeypatch.setattr("sys.argv", ["step", "--number", "0"])
     with pytest.raises(SystemExit, match="Error: number=0: must be greater than or equal to 1"):
-        tracking.run_step(OneNumber, lambda _: pytest.fail("the step was called"))
+        step_run.run_step(OneNumber, lambda _: pytest.fail("the step was called"))
     assert last_run().info.status == "FAILED"
     assert last_run().data.tags["failure_reason"].startswith("number=0")
 
@@ -163,7 +166,7 @@ def test_sigterm_kills_the_run():
 
 @pytest.mark.usefixtures("store")
 def test_a_step_that_stopped_itself_after_a_signal_is_killed():
-    assert exit_text(ends_with(tracking.Interrupted("SIGINT"))) == "\nStopped by SIGINT."
+    assert exit_text(ends_with(Interrupted("SIGINT"))) == "\nStopped by SIGINT."
     assert last_run().info.status == "KILLED"
 
 
@@ -189,7 +192,7 @@ def test_a_relative_store_is_refused_with_its_absolute_form_and_not_made(
     name, file, store, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "users_folder", lambda: Path("/home/me"))
+    monkeypatch.setattr(processes, "users_folder", lambda: Path("/home/me"))
     monkeypatch.setenv(name, f"sqlite:///{file}")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     message = exit_text(lambda: pytest.fail("the body was called"))
@@ -261,9 +264,9 @@ def test_a_setting_of_any_kind_arrives_as_its_text(value):
 def test_choices_are_shown_and_can_be_read_back(capsys):
     with mlflow.start_run() as run:
         mlflow.log_param("other", 1)
-        tracking.log_choices(device="CPU, 2 cores", base_model="/b (as given)")
+        run_log.log_choices(device="CPU, 2 cores", base_model="/b (as given)")
     assert capsys.readouterr().out == "\n  device      CPU, 2 cores\n  base_model  /b (as given)\n\n"
-    found = tracking.choices(mlflow.get_run(run.info.run_id))
+    found = run_log.choices(mlflow.get_run(run.info.run_id))
     assert found == {"device": "CPU, 2 cores", "base_model": "/b (as given)"}
 
 
@@ -358,7 +361,7 @@ def test_a_uri_that_leads_nowhere_is_the_users_error(uri, scratch):
 
 @pytest.mark.usefixtures("store")
 def test_a_logged_folder_becomes_an_artifact_of_the_run(scratch):
-    with mlflow.start_run() as run, tracking.logged_folder("adapter") as folder:
+    with mlflow.start_run() as run, artifacts.logged_folder("adapter") as folder:
         (folder / "a.json").write_text("{}")
     assert [f.path for f in mlflow.MlflowClient().list_artifacts(run.info.run_id, "adapter")] == [
         "adapter/a.json"
@@ -376,7 +379,7 @@ def test_a_folder_that_was_not_completed_is_not_logged(scratch):
 
 def fail_while_writing() -> None:
     """Write one file of an artifact folder and fail."""
-    with tracking.logged_folder("adapter") as folder:
+    with artifacts.logged_folder("adapter") as folder:
         (folder / "a.json").write_text("{}")
         raise OwnError
 
@@ -433,22 +436,22 @@ def test_a_version_of_an_unknown_model_is_the_users_error(name):
 def test_a_project_from_git_is_run_again_by_its_url_and_commit(source):
     tags = {"mlflow.source.name": source, "mlflow.source.git.commit": "c" * 40}
     with mlflow.start_run(tags=tags):
-        assert tracking.project_uri() == source
-        assert tracking.project_version() == ["-v", "c" * 40]
+        assert project_source.uri() == source
+        assert project_source.version() == ["-v", "c" * 40]
 
 
 @pytest.mark.usefixtures("store")
 def test_a_project_in_a_folder_is_run_again_from_there_without_a_commit():
     tags = {"mlflow.source.name": "file:///elsewhere", "mlflow.source.git.commit": "c" * 40}
     with mlflow.start_run(tags=tags):
-        assert tracking.project_uri() == str(Path(tracking.__file__).parents[2])
-        assert tracking.project_version() == []
+        assert project_source.uri() == str(Path(project_source.__file__).parents[2])
+        assert project_source.version() == []
 
 
 @pytest.mark.usefixtures("store")
 def test_the_run_id_is_kept_from_a_fresh_process(monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "a" * 32)
     monkeypatch.setenv("OTHER", "kept")
-    environment = tracking.clear_run_id()
+    environment = active_run.clear_run_id()
     assert "MLFLOW_RUN_ID" not in environment
     assert environment["OTHER"] == "kept"

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from steps.text2sql import adapter, memory_plan, sql_model, training
 from steps.text2sql.checkpoints import Checkpoints
+from steps.text2sql.training_speed import Speed
 
 
 @pytest.fixture
@@ -140,9 +141,7 @@ def test_the_optimizer_is_fused_on_cuda_only():
 def test_compiling_pays_where_a_third_of_the_time_is_longer_than_it_takes(steps, pays):
     # 4 x 7e9 operations a token at 0.35 x 800e12 a second: 1e-4 s; a third of 195 s are the 65 s.
     assert (
-        training.compiling_pays(
-            tokens=steps * 1000, frozen_parameters=7_000_000_000, operations_per_second=8e14
-        )
+        Speed(frozen_parameters=7_000_000_000, operations_per_second=8e14).compiling_pays(tokens=steps * 1000)
         is pays
     )
 
@@ -241,8 +240,8 @@ def reporter(monkeypatch):
     )
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
     # 1,000 operations a token, of 10,000 that the device does in a second.
-    speed = {"frozen_parameters": 250, "operations_per_second": 1e4}
-    found = training.Reporter(lambda metrics, step: logged.append((step, metrics)), batch_size=4, **speed)
+    speed = Speed(frozen_parameters=250, operations_per_second=1e4)
+    found = training.Reporter(lambda metrics, step: logged.append((step, metrics)), batch_size=4, speed=speed)
     found.on_train_begin(None, state, None)
 
     def log(*, at, step, tokens, **logs):
@@ -302,8 +301,8 @@ def test_the_curves_of_a_training_that_goes_on_begin_with_what_it_had_reported(r
 
 def test_tokens_are_counted_without_padding(model, tokenizer, settings):
     logged = []
-    speed = {"frozen_parameters": 1, "operations_per_second": 1.0}
-    reporter = training.Reporter(lambda metrics, step: logged.append(metrics), batch_size=8, **speed)
+    speed = Speed(frozen_parameters=1, operations_per_second=1.0)
+    reporter = training.Reporter(lambda metrics, step: logged.append(metrics), batch_size=8, speed=speed)
     data = splits(tokenizer, 8)
     run(model, tokenizer, data, settings(1, 8), reporter)
     tokens = sum(map(len, data["train"]["input_ids"]))

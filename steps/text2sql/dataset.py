@@ -15,7 +15,7 @@ import pandas
 from steps.text2sql import databases, hub, sample_data
 from steps.text2sql.databases import DATABASE
 from steps.text2sql.errors import UserError
-from steps.text2sql.params import DATA_SUFFIXES
+from steps.text2sql.parameter_checks import DATA_SUFFIXES
 
 COLUMNS = ("question", "context", "answer")
 INCOMPLETE = "is missing, empty or not text"

@@ -1,4 +1,4 @@
-"""The error that a user can cause and mend."""
+"""What ends a step and says how to go on: an error that a user can mend, or a signal."""
 
 
 class UserError(Exception):
@@ -10,4 +10,15 @@ class UserError(Exception):
 
     def __init__(self, message: str, go_on: str = "") -> None:
         super().__init__(message)
+        self.go_on = go_on
+
+
+class Interrupted(Exception):
+    """A signal, named by the message, stopped the step, and what was worth keeping is kept.
+
+    `go_on` says how to go on.
+    """
+
+    def __init__(self, signal_name: str, go_on: str = "") -> None:
+        super().__init__(signal_name)
         self.go_on = go_on

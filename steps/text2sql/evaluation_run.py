@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from steps.text2sql import tracking
+from steps.text2sql import store_names
 from steps.text2sql.errors import UserError
 from steps.text2sql.gate import Evaluation, Row, Verdicts
 from steps.text2sql.params import EvaluateParams
@@ -28,7 +28,7 @@ def read(run_id: str, version: ModelVersion) -> Evaluation:
         UserError: there is no such run, it is of something else or not finished, or has no usable table.
     """
     run = _get(run_id)
-    found = (run.data.tags.get(tracking.TAG_MODEL_NAME), run.data.tags.get(tracking.TAG_MODEL_VERSION))
+    found = (run.data.tags.get(store_names.TAG_MODEL_NAME), run.data.tags.get(store_names.TAG_MODEL_VERSION))
     if found != (version.name, str(version.version)):
         raise _unusable(run_id, version, f"is no evaluation of {version.name} version {version.version}")
     if run.info.status != "FINISHED":
@@ -42,8 +42,10 @@ def same_rows(version: ModelVersion, run_id: str, evaluation: Evaluation) -> Eva
     On the same rows, with the same limit on queries, and by the same code: another might judge otherwise.
     """
     own = _get(run_id)
-    tags = {tracking.TAG_MODEL_NAME: version.name, tracking.TAG_MODEL_VERSION: version.version}
-    tags |= {name: own.data.tags.get(name, "") for name in (tracking.TAG_EVALUATED_ROWS, tracking.TAG_CODE)}
+    tags = {store_names.TAG_MODEL_NAME: version.name, store_names.TAG_MODEL_VERSION: version.version}
+    tags |= {
+        name: own.data.tags.get(name, "") for name in (store_names.TAG_EVALUATED_ROWS, store_names.TAG_CODE)
+    }
     wanted = ["attributes.status = 'FINISHED'", *(f"tags.`{name}` = '{tags[name]}'" for name in tags)]
     wanted.append(f"params.{TIMEOUT} = '{own.data.params.get(TIMEOUT, '')}'")
     runs = mlflow.search_runs(
@@ -78,14 +80,14 @@ def _get(run_id: str) -> Run:
 def _evaluation(run: Run, version: ModelVersion) -> Evaluation:
     run_id = run.info.run_id
     try:
-        table = mlflow.artifacts.load_dict(f"runs:/{run_id}/{tracking.PREDICTIONS}")
+        table = mlflow.artifacts.load_dict(f"runs:/{run_id}/{store_names.PREDICTIONS}")
         rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
         evaluation = Evaluation(run.data.metrics, _verdicts(rows), _verdicts(rows, BASE_PREFIX))
     except (MlflowException, OSError, ValueError, TypeError, KeyError) as error:
-        problem = f"has no table of predictions ({tracking.PREDICTIONS}) that can be read: {error!r}"
+        problem = f"has no table of predictions ({store_names.PREDICTIONS}) that can be read: {error!r}"
         raise _unusable(run_id, version, problem) from error
     if not rows:
-        raise _unusable(run_id, version, f"has an empty table of predictions ({tracking.PREDICTIONS})")
+        raise _unusable(run_id, version, f"has an empty table of predictions ({store_names.PREDICTIONS})")
     return evaluation
 
 

@@ -15,8 +15,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from steps.text2sql import launch_config, processes, ranks, tracking
-from steps.text2sql.errors import UserError
+from steps.text2sql import active_run, launch_config, processes, project_source, ranks, run_log
+from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.launch_config import LaunchConfig
 
 
@@ -30,12 +30,12 @@ def run(module: str, values: Mapping[str, object], *, launch: str) -> None:
 
     Raises:
         UserError: one failed, and none is left; with its reason.
-        tracking.Interrupted: a signal came, here or to one of them, and none is left.
+        Interrupted: a signal came, here or to one of them, and none is left.
     """
     launch_config.check_gpus(launch, torch.cuda.device_count())
     config = launch_config.read(launch)
     if config.machine:
-        tracking.log_choices(
+        run_log.log_choices(
             machine=f"{config.machine} of {config.machines}; adapter and curves are in the run of machine 0"
         )
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # says what is said below
@@ -49,7 +49,7 @@ def run(module: str, values: Mapping[str, object], *, launch: str) -> None:
     failed, stopped = ([one for one in endings if one.kind == kind] for kind in ("failed", "stopped"))
     if stopper.stopped_by or (stopped and not failed):
         go_on = next((one.go_on for one in stopped if one.go_on), "")
-        raise tracking.Interrupted(stopper.stopped_by or stopped[0].text, go_on)
+        raise Interrupted(stopper.stopped_by or stopped[0].text, go_on)
     if failed or problem:
         raise UserError(failed[0].text if failed else f"launch={launch}: {problem}")
 
@@ -70,13 +70,15 @@ def environment(config: LaunchConfig, endings: Path) -> dict[str, str]:
     """What the processes find beside accelerate's own variables."""
     found = {
         ranks.ENDINGS_VARIABLE: str(endings),
-        "MLFLOW_RUN_ID": tracking.run_id(),
-        "MLFLOW_TRACKING_URI": tracking.store_uri(),
+        "MLFLOW_RUN_ID": active_run.run_id(),
+        "MLFLOW_TRACKING_URI": active_run.store_uri(),
         # SIGINT and SIGTERM are this process's: torch would answer with an exception.
         "PET_SIGNALS_TO_HANDLE": "SIGHUP",
         # After one failed the others are asked to end, and killed after so many seconds.
         "PET_SHUTDOWN_TIMEOUT": "20",
-        "PYTHONPATH": os.pathsep.join([str(tracking.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(project_source.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
     return found | ({"CUDA_VISIBLE_DEVICES": ""} if config.use_cpu else {})
 

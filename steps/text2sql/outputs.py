@@ -10,12 +10,12 @@ from typing import Self
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from steps.text2sql import adapter, resume, tracking
+from steps.text2sql import active_run, adapter, artifacts, resume, run_log, store_names
 from steps.text2sql.background import Background
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.run_folder import PREFIX, DiskError, run_folder, saved_in, step_of, write_folder
-from steps.text2sql.tracking import Point
+from steps.text2sql.run_log import Point
 
 FINISHED_SECONDS = 300.0
 # A stopped step has 25 seconds in all.
@@ -64,7 +64,7 @@ class Outputs:
     ) -> None:
         self.model, self.tokenizer, self.describe = model, tokenizer, describe
         self.recipe, self.keep = recipe, keep
-        self.run_id = tracking.run_id()
+        self.run_id = active_run.run_id()
         self.folder = run_folder(self.run_id)
         self.background = Background()
         self._points: list[Point] = []
@@ -77,7 +77,7 @@ class Outputs:
 
     def _send_points(self) -> None:
         while batch := self._points[:POINTS_A_REQUEST]:
-            tracking.log_points(self.run_id, batch)
+            run_log.log_points(self.run_id, batch)
             del self._points[: len(batch)]
 
     def save_checkpoint(self, step: int, write_state: Callable[[Path], None]) -> None:
@@ -105,11 +105,11 @@ class Outputs:
     def _log_checkpoint(self, folder: Path) -> None:
         self._uploading = folder
         if folder.exists():  # else a newer one has taken its place
-            path = f"{tracking.CHECKPOINTS}/{folder.name}"
-            tracking.log_folder(self.run_id, folder, path)
+            path = f"{store_names.CHECKPOINTS}/{folder.name}"
+            artifacts.log_folder(self.run_id, folder, path)
             # In one piece: the training prints from another thread.
             print(f"\nCheckpoint: runs:/{self.run_id}/{path}\n", end="", flush=True)
-            tracking.keep_newest(self.run_id, tracking.CHECKPOINTS, self.keep, age=step_of)
+            artifacts.keep_newest(self.run_id, store_names.CHECKPOINTS, self.keep, age=step_of)
         self._uploading = None
 
     def keep_adapter(self, step: int) -> None:
@@ -118,7 +118,7 @@ class Outputs:
         Raises:
             UserError: the disk or the store does not take it; naming the folder and the command to log it.
         """
-        target = self.folder / tracking.ADAPTER
+        target = self.folder / store_names.ADAPTER
         try:
             self._write_adapter(target, step)
         except DiskError as error:
@@ -129,10 +129,10 @@ class Outputs:
                 f"the adapter could not be written to {target}: {error}; {rest}. Make room, then {way}."
             ) from error
         try:
-            tracking.log_folder(self.run_id, target, tracking.ADAPTER)
+            artifacts.log_folder(self.run_id, target, store_names.ADAPTER)
         except Exception as error:  # whatever a store raises
             words = ["mlflow", "artifacts", "log-artifacts", "--local-dir", str(target)]
-            words += ["--run-id", self.run_id, "--artifact-path", tracking.ADAPTER]
+            words += ["--run-id", self.run_id, "--artifact-path", store_names.ADAPTER]
             raise UserError(
                 f"the adapter is trained, but the store did not take it: {error}. It is whole in {target}; "
                 f"log it with:\n  {shlex.join(words)}"

@@ -3,214 +3,25 @@
 `main` takes its own parameters and whatever one of its steps declares, and hands them on.
 """
 
-import difflib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Literal
 
-import psutil
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from steps.text2sql import launch_config, processes, prompt_template
+from steps.text2sql import parameter_checks
 from steps.text2sql.errors import UserError
+from steps.text2sql.parameter_checks import DATA_NAMES, MODEL_NAME, SWEEP_FILE
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-DATA_NAMES = "JSONL, JSON, CSV or Parquet"
-HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@[A-Za-z0-9_][A-Za-z0-9_./-]*)?"
-MODEL_NAME = r"[A-Za-z0-9_][A-Za-z0-9_. -]*"
-SWEEP_FILE = "text2sql_sweep.db"
 Auto = Literal["auto"]
-Params = TypeVar("Params")
-
-
-def users_folder() -> Path:
-    """Folder where the user typed `mlflow run`: the steps themselves run in the project's folder."""
-    for process in processes.mlflow_runs():
-        with suppress(psutil.Error):  # processes of other users cannot be looked at everywhere
-            return Path(process.cwd())
-    return Path.cwd()
-
-
-def _absolute(value: str) -> str:
-    try:
-        path = Path(value).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot be looked up: {error}") from error
-    if not path.is_absolute():
-        raise ValueError(
-            "is a relative path, but steps run in the project's folder; "
-            f"give the absolute form: {users_folder() / value}"
-        )
-    return str(path)
-
-
-def _looks_like_path(value: str) -> bool:
-    try:
-        return value.startswith(("/", "~", ".")) or (bool(value) and (users_folder() / value).exists())
-    except OSError as error:  # a name too long for a file
-        raise ValueError(f"cannot be looked up: {error}") from error
-
-
-def _base_model(value: str) -> str:
-    if value in ("auto", "smollm2-135m"):
-        return value
-    if _looks_like_path(value):
-        folder = _absolute(value)
-        if not (Path(folder) / "config.json").is_file():
-            raise ValueError("is no model directory: it has no config.json")
-        return folder
-    return _hub_id(
-        value, "auto, smollm2-135m, a hub id (owner/name, owner/name@revision) or an absolute directory"
-    )
-
-
-def _dataset(value: str) -> str:
-    return value if value == "auto" else _rows(value, "auto, sample")
-
-
-def _rows(value: str, words: str = "sample") -> str:
-    if value == "sample":
-        return value
-    if _looks_like_path(value) or value.endswith(DATA_SUFFIXES):
-        path = Path(_absolute(value))
-        if not path.is_dir():
-            return _data_file(value)
-        if not any(file.name.endswith(DATA_SUFFIXES) for file in path.iterdir()):
-            raise ValueError(f"is a folder without files that end in {', '.join(DATA_SUFFIXES)}")
-        return str(path)
-    if value == "auto":
-        raise ValueError("must be sample, a hub id or an absolute path: what auto means is for training")
-    return _hub_id(
-        value,
-        f"{words}, a hub id, or an absolute path: a folder, or ending in {', '.join(DATA_SUFFIXES)}",
-    )
-
-
-def _data_file(value: str) -> str:
-    file = _absolute(value)
-    if not Path(file).is_file():
-        raise ValueError("is no file")
-    if not file.endswith(DATA_SUFFIXES):
-        raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
-    return file
-
-
-def _optional_data_file(value: str) -> str:
-    return _data_file(value) if value else value
-
-
-def _prompt_template(value: str) -> str:
-    if value == "default":
-        return value
-    file = _absolute(value)
-    if not value or not Path(file).is_file():
-        raise ValueError("is no file; must be default or the absolute path of a text file")
-    prompt_template.read(Path(file))
-    return file
-
-
-def _hub_id(value: str, accepted: str) -> str:
-    if not re.fullmatch(HUB_ID, value):
-        raise ValueError(f"must be {accepted}")
-    return value
-
-
-def _artifact_uri(value: str) -> str:
-    if re.match(r"[a-z][a-z0-9+-]*:/", value):
-        return value
-    if not value:
-        raise ValueError("must be an artifact URI (runs:/<run id>/<path>) or an absolute path")
-    return _absolute(value)
-
-
-def _new_folder(value: str) -> str:
-    folder = Path(_absolute(value))
-    if folder.exists():
-        raise ValueError("exists already; nothing is written over")
-    if not folder.parent.is_dir():
-        raise ValueError(f"there is no folder {folder.parent}")
-    return str(folder)
-
-
-def _model_uri(value: str) -> str:
-    if not re.fullmatch(rf"models:/{MODEL_NAME}(/\d+|@{MODEL_NAME})", value):
-        raise ValueError("must be models:/<name>/<version> or models:/<name>@<alias>")
-    return value
-
-
-def _two(value: str) -> list[str]:
-    ends = value.split(",")
-    if len(ends) != 2:
-        raise ValueError("must be two numbers, the lowest and the highest: low,high")
-    return ends
-
-
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("must have the lowest first: low,high")
-    return value
-
-
-def _storage(value: str) -> str:
-    if value == "auto":
-        return str(users_folder() / SWEEP_FILE)
-    file = Path(_absolute(value))
-    if not file.parent.is_dir():
-        raise ValueError(f"there is no folder {file.parent}")
-    if file.is_dir():
-        raise ValueError("is a folder; must be a file, which is made where there is none")
-    return str(file)
-
-
-def _launch(value: str) -> str:
-    if value == "single":
-        return value
-    if value not in launch_config.OWN:
-        if not _looks_like_path(value):
-            words = "'single', 'ddp', 'fsdp' or the absolute path of an accelerate configuration"
-            raise ValueError(f"must be {words}")
-        value = _absolute(value)
-    launch_config.read(value)
-    return value
-
-
-def _project_backend(value: str) -> str:
-    if value == "kubernetes":
-        raise ValueError("needs a project with docker_env, and this one has python_env")
-    installed = {"local", "databricks", *entry_points(group="mlflow.project_backend").names}
-    if value not in installed:
-        raise ValueError(f"is not installed; there are: {', '.join(sorted(installed))}")
-    return value
-
-
-def _backend_config(value: str) -> str:
-    if value.startswith("{"):
-        json.loads(value)  # its error is a ValueError
-        return value
-    if value and not (Path(_absolute(value)).is_file() and value.endswith(".json")):
-        raise ValueError("must be JSON text, {…}, or the absolute path of a file that ends in .json")
-    return _absolute(value) if value else value
-
-
-def _steps(value: int) -> int:
-    if value != -1 and value < 1:
-        raise ValueError("must be at least 1, or -1 to train for num_train_epochs")
-    return value
-
-
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DatasetUri = Annotated[
-    str, AfterValidator(_artifact_uri), Field(description="`runs:/<prepare_data run>/dataset`")
+    str,
+    AfterValidator(parameter_checks.artifact_uri),
+    Field(description="`runs:/<prepare_data run>/dataset`"),
 ]
 ModelUri = Annotated[
     str,
-    AfterValidator(_model_uri),
+    AfterValidator(parameter_checks.model_uri),
     Field(description="`models:/<name>/<version>` or `models:/<name>@<alias>`"),
 ]
 ModelName = Annotated[
@@ -229,12 +40,12 @@ class PrepareDataParams:
 
     base_model: Annotated[
         str,
-        AfterValidator(_base_model),
+        AfterValidator(parameter_checks.base_model),
         Field(description="auto, smollm2-135m, a hub id with optional @revision, or a local directory"),
     ]
     dataset: Annotated[
         str,
-        AfterValidator(_dataset),
+        AfterValidator(parameter_checks.dataset),
         Field(
             description=f"auto, sample, a hub id with optional @revision, or a file or folder of {DATA_NAMES}"
         ),
@@ -265,12 +76,12 @@ class PrepareDataParams:
     ]
     validation_dataset: Annotated[
         str,
-        AfterValidator(_optional_data_file),
+        AfterValidator(parameter_checks.optional_data_file),
         Field(description=f"a file of {DATA_NAMES}; empty: validation rows are taken out of train"),
     ]
     prompt_template: Annotated[
         str,
-        AfterValidator(_prompt_template),
+        AfterValidator(parameter_checks.template_file),
         Field(description="default, or a text file with {context} and {question}; other braces doubled"),
     ]
     prompt_style: Annotated[
@@ -284,7 +95,9 @@ class TrainParams:
 
     dataset_uri: DatasetUri
     max_steps: Annotated[
-        int, AfterValidator(_steps), Field(description="optimizer steps; -1: num_train_epochs")
+        int,
+        AfterValidator(parameter_checks.steps),
+        Field(description="optimizer steps; -1: num_train_epochs"),
     ]
     batch_size: Annotated[int, Field(ge=1, le=4096, description="rows an optimizer step, over all processes")]
     learning_rate: Annotated[Auto | Positive, Field(description="peak rate; auto: by the size of the base")]
@@ -297,7 +110,7 @@ class TrainParams:
     quantization: Annotated[Literal["nf4", "none"], Field(description="of the frozen base")]
     launch: Annotated[
         str,
-        AfterValidator(_launch),
+        AfterValidator(parameter_checks.launch),
         Field(
             description="single: one process; ddp, fsdp: all visible GPUs, with fsdp the base is divided "
             "among them; or the absolute path of an accelerate configuration"
@@ -341,12 +154,12 @@ class TrainParams:
     ]
     project_backend: Annotated[
         str,
-        AfterValidator(_project_backend),
+        AfterValidator(parameter_checks.project_backend),
         Field(description="MLflow project backend that main sends train to; local: this machine"),
     ]
     backend_config: Annotated[
         str,
-        AfterValidator(_backend_config),
+        AfterValidator(parameter_checks.backend_config),
         Field(description="of that backend: JSON text or the absolute path of a .json file; empty: none"),
     ]
 
@@ -357,7 +170,7 @@ class RegisterParams:
 
     adapter_uri: Annotated[
         str,
-        AfterValidator(_artifact_uri),
+        AfterValidator(parameter_checks.artifact_uri),
         Field(description="`runs:/<train run>/adapter`, or a checkpoint of it"),
     ]
     dataset_uri: DatasetUri
@@ -371,12 +184,12 @@ class EvaluateParams:
     model_uri: ModelUri
     dataset_uri: Annotated[
         str,
-        AfterValidator(lambda value: value and _artifact_uri(value)),
+        AfterValidator(lambda value: value and parameter_checks.artifact_uri(value)),
         Field(description="a dataset of prepare_data, whose test rows are scored"),
     ]
     dataset: Annotated[
         str,
-        AfterValidator(lambda value: value and _rows(value)),
+        AfterValidator(lambda value: value and parameter_checks.rows(value)),
         Field(description=f"rows to score: sample, a hub id with optional @revision, a file of {DATA_NAMES}"),
     ]
     eval_rows: Annotated[int, Field(ge=1, description="rows to score, the same ones for every seed")]
@@ -422,7 +235,9 @@ class ExportParams:
 
     model_uri: ModelUri
     output: Annotated[
-        str, AfterValidator(_new_folder), Field(description="absolute folder to make, for the merged model")
+        str,
+        AfterValidator(parameter_checks.new_folder),
+        Field(description="absolute folder to make, for the merged model"),
     ]
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
@@ -446,32 +261,32 @@ class SweepParams:
     trials: Annotated[int, Field(ge=1, le=1000, description="trainings in all, also those of earlier sweeps")]
     learning_rate_range: Annotated[
         tuple[Positive, Positive],
-        BeforeValidator(_two),
-        AfterValidator(_ordered),
+        BeforeValidator(parameter_checks.two),
+        AfterValidator(parameter_checks.ordered),
         Field(description="lowest and highest learning_rate, searched on a logarithmic scale"),
     ]
     lora_r_range: Annotated[
         tuple[Rank, Rank],
-        BeforeValidator(_two),
-        AfterValidator(_ordered),
+        BeforeValidator(parameter_checks.two),
+        AfterValidator(parameter_checks.ordered),
         Field(description="lowest and highest lora_r; powers of two and the ends are tried"),
     ]
     max_steps_range: Annotated[
         tuple[PositiveInt, PositiveInt],
-        BeforeValidator(_two),
-        AfterValidator(_ordered),
+        BeforeValidator(parameter_checks.two),
+        AfterValidator(parameter_checks.ordered),
         Field(description="lowest and highest max_steps, searched on a logarithmic scale"),
     ]
     storage: Annotated[
         str,
-        AfterValidator(_storage),
+        AfterValidator(parameter_checks.storage),
         Field(
             description=f"SQLite file that keeps the search; auto: {SWEEP_FILE} where mlflow run was typed"
         ),
     ]
     dataset_uri: Annotated[
         str,
-        AfterValidator(lambda value: value and _artifact_uri(value)),
+        AfterValidator(lambda value: value and parameter_checks.artifact_uri(value)),
         Field(description="a dataset of prepare_data; empty: prepared first, once for all trials"),
     ]
     seed: Seed
@@ -515,123 +330,3 @@ SET_BY_SWEEP = {
 }
 # What a step takes only where a user runs it alone, though main has a parameter of that name.
 NOT_FROM_MAIN = {"evaluate": frozenset({"dataset"})}
-
-
-class MainParams(NamedTuple):
-    """Checked parameters of main: all as given, its own, and the text of those to hand on, by step."""
-
-    given: dict[str, str]
-    own: OwnMainParams
-    steps: dict[str, dict[str, str]]
-
-
-def parse(params_class: type[Params], argv: Sequence[str]) -> Params:
-    """Build a step's parameters from `--name value` words, without abbreviations.
-
-    Raises:
-        UserError: naming every unknown, missing or wrong parameter at once.
-    """
-    given = _pairs(argv)
-    types = get_type_hints(params_class, include_extras=True)
-    problems = [*_unknown(given, types), *(f"{name}: missing" for name in types if name not in given)]
-    values = _checked(given, types, problems)
-    return params_class(**values)
-
-
-class SweepCall(NamedTuple):
-    """Checked parameters of sweep: as `MainParams`."""
-
-    given: dict[str, str]
-    own: SweepParams
-    steps: dict[str, dict[str, str]]
-
-
-def parse_main(argv: Sequence[str]) -> MainParams:
-    """Check main's own parameters and those of all steps, before the first of them starts.
-
-    Raises:
-        UserError: naming every unknown or wrong parameter at once.
-    """
-    refused = dict.fromkeys(SET_BY_MAIN, "main finds this out itself")
-    return MainParams(*_with_handed_on(argv, OwnMainParams, list(CHAIN), refused))
-
-
-def parse_sweep(argv: Sequence[str]) -> SweepCall:
-    """Check sweep's own parameters and those of the steps that it starts.
-
-    Raises:
-        UserError: naming every unknown or wrong parameter at once; or a prepared dataset and values that it
-            would have to be prepared with.
-    """
-    call = SweepCall(*_with_handed_on(argv, SweepParams, ["prepare_data", "train"], SET_BY_SWEEP))
-    others = sorted(call.steps["prepare_data"].keys() - get_type_hints(SweepParams).keys())
-    if call.own.dataset_uri and others:
-        raise UserError(
-            f"dataset_uri={call.own.dataset_uri}: is prepared already, so {', '.join(others)} would change "
-            "nothing; leave them out, or leave dataset_uri out."
-        )
-    return call
-
-
-def _with_handed_on(
-    argv: Sequence[str], own_class: type[Params], steps: list[str], refused: Mapping[str, str]
-) -> tuple[dict[str, str], Params, dict[str, dict[str, str]]]:
-    """All as given, an entry point's own parameters, and what it hands on, by step.
-
-    `refused` are names that no user may give here, and why.
-    """
-    given = _pairs(argv)
-    by_step = {step: _taken_from_main(step) for step in steps}
-    own = get_type_hints(own_class, include_extras=True)
-    handed_on = {name: hint for hints in by_step.values() for name, hint in hints.items()}
-    types = {name: hint for name, hint in (handed_on | own).items() if name not in refused}
-    problems = [f"{name}: {refused[name]}" for name in refused.keys() & given.keys()]
-    problems += [f"{name}: missing" for name in own if name not in given]
-    others = {name: value for name, value in given.items() if name not in refused}
-    values = _checked(others, types, [*_unknown(others, types), *problems])
-    own_params = own_class(**{name: values[name] for name in own})
-    found = {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
-    return given, own_params, found
-
-
-def _taken_from_main(step: str) -> dict[str, Any]:
-    hints = get_type_hints(CHAIN[step], include_extras=True)
-    return {name: hint for name, hint in hints.items() if name not in NOT_FROM_MAIN.get(step, ())}
-
-
-def _pairs(argv: Sequence[str]) -> dict[str, str]:
-    """Words to {name: value}. Not argparse: MLflow writes every parameter as two words, whatever the value.
-
-    A value may begin with a dash, and a shortened name must not be completed.
-    """
-    names, values = argv[0::2], argv[1::2]
-    if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        raise UserError(f"parameters must come as --name value pairs, got: {' '.join(argv)}")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError("\n".join(f"{name.removeprefix('--')}: given more than once" for name in repeated))
-    return {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
-
-
-def _unknown(given: Mapping[str, str], types: Mapping[str, Any]) -> Iterator[str]:
-    for name in given.keys() - types.keys():
-        near = difflib.get_close_matches(name, types, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(types))}"
-        yield f"{name}={given[name]}: no such parameter; {hint}"
-
-
-def _checked(given: Mapping[str, str], types: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    values = {}
-    for name in given.keys() & types.keys():
-        try:
-            values[name] = TypeAdapter(types[name]).validate_python(given[name])
-        except ValidationError as error:
-            problems.append(f"{name}={given[name]}: {_message(error)}")
-    if problems:
-        raise UserError("\n".join(sorted(problems)))
-    return values
-
-
-def _message(error: ValidationError) -> str:
-    texts = [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
-    return " or ".join(texts).replace("Input should be ", "must be ").replace(" or must be ", " or ")

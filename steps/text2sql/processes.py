@@ -38,6 +38,14 @@ def users_command() -> list[str]:
     return []
 
 
+def users_folder() -> Path:
+    """Folder where the user typed `mlflow run`: the steps themselves run in the project's folder."""
+    for process in mlflow_runs():
+        with suppress(psutil.Error):  # processes of other users cannot be looked at everywhere
+            return Path(process.cwd())
+    return Path.cwd()
+
+
 def mlflow_runs() -> Iterator[psutil.Process]:
     """The commands `mlflow run` above this process, the nearest first."""
     return filter(is_mlflow_run, psutil.Process().parents())

@@ -12,7 +12,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.utils.mlflow_tags import MLFLOW_USER
 
-from steps.text2sql import tracking
+from steps.text2sql import active_run, model_versions, store_names
 from steps.text2sql.gate import Decision
 
 OUTSIDE = "found as champion: the alias was moved without the promote step"
@@ -32,8 +32,8 @@ class Promotion:
 
 def champion(name: str) -> ModelVersion | None:
     """The version that has the alias now."""
-    number = mlflow.MlflowClient().get_registered_model(name).aliases.get(tracking.CHAMPION)
-    return tracking.model_version(name, number) if number else None
+    number = mlflow.MlflowClient().get_registered_model(name).aliases.get(store_names.CHAMPION)
+    return model_versions.model_version(name, number) if number else None
 
 
 def number_of(version: ModelVersion | None) -> int | None:
@@ -44,12 +44,12 @@ def number_of(version: ModelVersion | None) -> int | None:
 def chain(name: str) -> list[Promotion]:
     """All promotions of a model, the oldest first."""
     tags = mlflow.MlflowClient().get_registered_model(name).tags
-    keys = [key for key in tags if key.startswith(tracking.PROMOTION)]
+    keys = [key for key in tags if key.startswith(store_names.PROMOTION)]
     return [Promotion(**json.loads(tags[key])) for key in sorted(keys, key=_position)]
 
 
 def _position(key: str) -> int:
-    return int(key.removeprefix(tracking.PROMOTION))
+    return int(key.removeprefix(store_names.PROMOTION))
 
 
 def promote(version: ModelVersion, *, replaced: ModelVersion | None, reason: str) -> None:
@@ -61,11 +61,11 @@ def promote(version: ModelVersion, *, replaced: ModelVersion | None, reason: str
     client = mlflow.MlflowClient()
     records = chain(version.name)
     before = number_of(replaced)
-    client.set_registered_model_alias(version.name, tracking.CHAMPION, version.version)
+    client.set_registered_model_alias(version.name, store_names.CHAMPION, version.version)
     known = records[-1].version if records else None
     if before != known:
         records.append(_append(version.name, len(records), Promotion(before, known, OUTSIDE, "", "", _now())))
-    run = mlflow.get_run(tracking.run_id())
+    run = mlflow.get_run(active_run.run_id())
     user = run.data.tags.get(MLFLOW_USER, "")
     move = Promotion(number_of(version), before, reason, run.info.run_id, user, _now())
     _append(version.name, len(records), move)
@@ -73,7 +73,7 @@ def promote(version: ModelVersion, *, replaced: ModelVersion | None, reason: str
 
 
 def _append(name: str, position: int, record: Promotion) -> Promotion:
-    key = f"{tracking.PROMOTION}{position + 1:04d}"
+    key = f"{store_names.PROMOTION}{position + 1:04d}"
     mlflow.MlflowClient().set_registered_model_tag(name, key, json.dumps(asdict(record)))
     return record
 
@@ -84,23 +84,25 @@ def _now() -> str:
 
 def _link(version: ModelVersion, replaced: ModelVersion | None) -> None:
     """Let both versions name each other; the champion itself is replaced by none."""
-    _set_tags(version, {tracking.TAG_REPLACED: replaced and replaced.version, tracking.TAG_REPLACED_BY: None})
+    _set_tags(
+        version, {store_names.TAG_REPLACED: replaced and replaced.version, store_names.TAG_REPLACED_BY: None}
+    )
     if replaced:
-        _set_tags(replaced, {tracking.TAG_REPLACED_BY: version.version})
+        _set_tags(replaced, {store_names.TAG_REPLACED_BY: version.version})
 
 
 def keep(decision: Decision, version: ModelVersion) -> None:
     """Keep a decision, its numbers and its reason as tags of the version; those of an earlier one go."""
-    earlier = [name for name in version.tags if name.startswith(tracking.GATE)]
+    earlier = [name for name in version.tags if name.startswith(store_names.GATE)]
     _set_tags(version, dict.fromkeys(earlier) | as_tags(decision))
 
 
 def as_tags(decision: Decision) -> dict[str, str]:
     """Decision, reason and numbers by name of the tag."""
-    numbers = {f"{tracking.GATE}{name}": _text(value) for name, value in decision.numbers.items()}
+    numbers = {f"{store_names.GATE}{name}": _text(value) for name, value in decision.numbers.items()}
     return {
-        tracking.TAG_PROMOTED: "yes" if decision.promote else "no",
-        tracking.TAG_GATE_REASON: decision.reason,
+        store_names.TAG_PROMOTED: "yes" if decision.promote else "no",
+        store_names.TAG_GATE_REASON: decision.reason,
         **numbers,
     }
 
@@ -112,7 +114,7 @@ def _text(value: float) -> str:
 def _set_tags(version: ModelVersion, tags: Mapping[str, object]) -> None:
     """Set tags of a version; None takes one off."""
     client = mlflow.MlflowClient()
-    there = tracking.model_version(version.name, version.version).tags
+    there = model_versions.model_version(version.name, version.version).tags
     for name, value in tags.items():
         if value is not None:
             client.set_model_version_tag(version.name, version.version, name, str(value))

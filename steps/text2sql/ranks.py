@@ -3,14 +3,16 @@
 Nothing here loads torch. A process that was not launched so is the first of one.
 """
 
+import functools
 import json
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # Where processes say how they ended, for the one that launched them and owns their run.
 ENDINGS_VARIABLE = "TEXT2SQL_ENDINGS"
@@ -46,9 +48,28 @@ def is_first() -> bool:
     return index() == 0
 
 
+def of_first_process(log: Callable[..., None]) -> Callable[..., None]:
+    """Do nothing in all but the first of several processes: it alone talks to MLflow and to the user."""
+
+    @functools.wraps(log)
+    def logged(*given: Any, **named: Any) -> None:
+        if is_first():
+            log(*given, **named)
+
+    return logged
+
+
 def is_sharded() -> bool:
     """Whether the base is to be divided among the processes, as accelerate says it."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def describe() -> str:
+    """How many train, and what is divided among them."""
+    if count() == 1:
+        return "1"
+    divided = "rows and base (FSDP)" if is_sharded() else "rows"
+    return f"{count()}, {count_here()} on this machine, {divided} divided among them"
 
 
 def has_launcher() -> bool:

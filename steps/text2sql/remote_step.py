@@ -7,7 +7,7 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from steps.text2sql import processes, tracking
+from steps.text2sql import active_run, child_runs, processes, project_source, store_names
 from steps.text2sql.errors import UserError
 
 
@@ -32,13 +32,15 @@ def run(step: str, values: Mapping[str, str], *, backend: str, config: str, fing
     except KeyboardInterrupt as error:
         if submitted:
             submitted.cancel()
-            tracking.end_other(submitted.run_id, "KILLED", {tracking.TAG_STOPPED_BY: str(error) or "SIGINT"})
+            child_runs.end_other(
+                submitted.run_id, "KILLED", {store_names.TAG_STOPPED_BY: str(error) or "SIGINT"}
+            )
         raise
     if not succeeded:
-        reason = mlflow.get_run(submitted.run_id).data.tags.get(tracking.TAG_FAILURE, "see its log there")
-        tracking.end_other(submitted.run_id, "FAILED", {tracking.TAG_FAILURE: reason})
+        reason = mlflow.get_run(submitted.run_id).data.tags.get(store_names.TAG_FAILURE, "see its log there")
+        child_runs.end_other(submitted.run_id, "FAILED", {store_names.TAG_FAILURE: reason})
         raise UserError(f"{problem} failed, run {submitted.run_id}: {reason}")
-    tracking.end_other(submitted.run_id, "FINISHED", {})
+    child_runs.end_other(submitted.run_id, "FINISHED", {})
     return mlflow.get_run(submitted.run_id)
 
 
@@ -47,7 +49,7 @@ def _send(
 ) -> mlflow.projects.SubmittedRun:
     try:
         return mlflow.projects.run(
-            uri=str(tracking.PROJECT),
+            uri=str(project_source.PROJECT),
             entry_point=step,
             parameters=dict(values),
             backend=backend,
@@ -61,5 +63,5 @@ def _send(
 
 def _mark(run_id: str, fingerprint: str) -> None:
     client = mlflow.MlflowClient()
-    client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, tracking.run_id())
-    client.set_tag(run_id, tracking.TAG_FINGERPRINT, fingerprint)
+    client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, active_run.run_id())
+    client.set_tag(run_id, store_names.TAG_FINGERPRINT, fingerprint)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from steps.text2sql import liveness, tracking
+from steps.text2sql import artifacts, liveness, run_log, store_names
 from steps.text2sql.errors import UserError
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in, step_of
 
@@ -54,26 +54,26 @@ def checkpoint(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
                 f"{run_folder(run_id)}; train from the start, without resume_from."
             )
         check_recipe(read_recipe(found), recipe, run_id)
-        tracking.note_resumed(run_id, step_of(found))
+        run_log.note_resumed(run_id, step_of(found))
         yield found
 
 
 def can_go_on(run_id: str) -> bool:
     """Whether a run has a checkpoint that looks whole; those of the store are judged by names and sizes."""
     return any(map(is_whole, saved_in(run_folder(run_id)))) or any(
-        tracking.is_complete(run_id, path) for path in tracking.artifacts(run_id, tracking.CHECKPOINTS)
+        artifacts.is_complete(run_id, path) for path in artifacts.listed(run_id, store_names.CHECKPOINTS)
     )
 
 
 def newest_whole(run_id: str, scratch: Path) -> Path | None:
     """The newest checkpoint that is as its manifest says; torn ones are said and passed over."""
     local = {path.name: path for path in saved_in(run_folder(run_id))}
-    logged = {Path(path).name for path in tracking.artifacts(run_id, tracking.CHECKPOINTS)}
+    logged = {Path(path).name for path in artifacts.listed(run_id, store_names.CHECKPOINTS)}
     for name in sorted(local.keys() | logged, key=step_of, reverse=True):
         if name in local and is_whole(local[name]):
             return local[name]
         if name in logged:
-            folder = tracking.download(f"runs:/{run_id}/{tracking.CHECKPOINTS}/{name}", scratch)
+            folder = artifacts.download(f"runs:/{run_id}/{store_names.CHECKPOINTS}/{name}", scratch)
             if is_whole(folder):
                 return folder
         print(f"\n{name} of run {run_id} is torn; the one before it is used.", flush=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from steps.text2sql import manifest, mlproject
-from steps.text2sql.params import CHAIN, SET_BY_MAIN, parse
+from steps.text2sql.command_line import parse
+from steps.text2sql.params import CHAIN, SET_BY_MAIN
 
 PROJECT = Path(__file__).parents[2]
 ALWAYS_RUN = {"promote"}

@@ -10,7 +10,7 @@ import pandas
 from steps.text2sql import databases, dataset, splits
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import DatasetManifest
-from steps.text2sql.tracking import ROWS_FILE
+from steps.text2sql.store_names import ROWS_FILE
 
 logger = logging.getLogger(__name__)
 

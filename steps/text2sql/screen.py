@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from steps.text2sql import mlproject, scoring, tracking
+from steps.text2sql import mlproject, project_source, run_page, scoring, store_names
 
 # A question that also a shortly trained model should get right.
 EXAMPLE = {
@@ -17,8 +17,8 @@ EXAMPLE = {
 
 def step_command(step: str, values: Mapping[str, str]) -> str:
     """The command that runs a step again alone, with every value that main gives it."""
-    words = ["mlflow", "run", tracking.project_uri(), *tracking.project_version(), "--env-manager"]
-    words += [tracking.env_manager(), "-e", step]
+    words = ["mlflow", "run", project_source.uri(), *project_source.version(), "--env-manager"]
+    words += [project_source.env_manager(), "-e", step]
     words += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
     return shlex.join(words)
 
@@ -89,7 +89,7 @@ def _cell(value: Any) -> str:
 
 def standing(aliases: Sequence[str], gate: str) -> str:
     """Whether a version with these aliases is champion, and why."""
-    return f"is {'' if tracking.CHAMPION in aliases else 'not '}champion: {gate}"
+    return f"is {'' if store_names.CHAMPION in aliases else 'not '}champion: {gate}"
 
 
 def closing(
@@ -102,10 +102,10 @@ def closing(
     gate: str,
 ) -> str:
     """What was chosen and why, scores of base and tuned model, and three commands to go on."""
-    alias = tracking.CHAMPION if tracking.CHAMPION in aliases else tracking.CHALLENGER
+    alias = store_names.CHAMPION if store_names.CHAMPION in aliases else store_names.CHALLENGER
     uri = shlex.quote(f"models:/{name}@{alias}")
-    manager = tracking.env_manager()
-    store, page = tracking.run_page()
+    manager = project_source.env_manager()
+    store, page = run_page.address()
     ui = f"mlflow ui --backend-store-uri {shlex.quote(store)}"
     look = page if store.startswith("http") else f"{ui}, then {page}"
     lines = [

@@ -19,15 +19,10 @@ from steps.text2sql.memory_plan import Plan
 from steps.text2sql.sql_model import pick_device
 from steps.text2sql.tokenization import lengths
 from steps.text2sql.trainer import PackedTrainer
+from steps.text2sql.training_speed import Speed, operations_per_token
 
 EVALUATIONS = 3
 EVALUATION_ROWS = 64
-# Compiling takes this long (32 layers of Mistral-7B on an H100, cold) and then saves a third of the time.
-COMPILE_SECONDS = 65
-COMPILE_SAVES = 1 / 3
-# Share of the device's product rate that a training reaches without being compiled: Mistral-7B on an H100,
-# and the embedded base on two cores (0.3 to 0.6, which other programs shared).
-USUAL_SHARE_OF_PEAK = {"cuda": 0.35, "cpu": 0.5}
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -57,39 +52,6 @@ def resolve_auto(
         "optim": optimizer(device),
     }
     return {name: found if given[name] == "auto" else given[name] for name, found in auto.items()}
-
-
-def compiling_pays(*, tokens: float, frozen_parameters: int, operations_per_second: float) -> bool:
-    """`auto` of torch_compile: whether so many tokens take long enough to win the time of compiling back."""
-    seconds = training_seconds(
-        tokens=tokens,
-        frozen_parameters=frozen_parameters,
-        operations_per_second=operations_per_second,
-        device="cuda",
-    )
-    return seconds * COMPILE_SAVES > COMPILE_SECONDS
-
-
-def training_seconds(
-    *,
-    tokens: float,
-    frozen_parameters: int,
-    operations_per_second: float,
-    device: str,
-    recompute: bool = False,
-) -> float:
-    """About how long so many tokens take, not compiled; recomputing is one more forward pass."""
-    operations = tokens * operations_per_token(frozen_parameters) * (1.5 if recompute else 1)
-    return operations / (USUAL_SHARE_OF_PEAK[device] * operations_per_second)
-
-
-def operations_per_token(frozen_parameters: int) -> int:
-    """Floating point operations of one token's forward and backward pass: 2 a parameter each.
-
-    Frozen weights need no gradient of their own, which would be 2 more (Kaplan et al., arXiv 2001.08361,
-    section 2.1, counts 6 in all). Attention scores and the adapter are left out, as is recomputation.
-    """
-    return 4 * frozen_parameters
 
 
 def total_steps(*, rows: int, batch_size: int, max_steps: int, num_train_epochs: float) -> int:
@@ -139,12 +101,10 @@ class Reporter(TrainerCallback):
     a large matrix product. `seconds_left` goes on at the speed so far.
     """
 
-    def __init__(
-        self, log: Log, *, batch_size: int, frozen_parameters: int, operations_per_second: float
-    ) -> None:
+    def __init__(self, log: Log, *, batch_size: int, speed: Speed) -> None:
         self.log = log
         self.batch_size = batch_size
-        self.token_share = operations_per_token(frozen_parameters) / operations_per_second
+        self.token_share = operations_per_token(speed.frozen_parameters) / speed.operations_per_second
         self.train_loss: list[tuple[int, float]] = []
         self.eval_loss: list[tuple[int, float]] = []
 

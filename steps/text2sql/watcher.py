@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from steps.text2sql import tracking
+from steps.text2sql import child_runs, store_names
 from steps.text2sql.processes import Stopper
 from steps.text2sql.search import ShouldStop
 
@@ -21,7 +21,7 @@ class Watcher:
     def __init__(self, parent: str, should_stop: ShouldStop, *, name: str) -> None:
         self.parent, self.should_stop, self.name = parent, should_stop, name
         self.child, self.has_stopped = "", False
-        self._before = tracking.newest_child(parent, "train")
+        self._before = child_runs.newest_child(parent, "train")
         self._seen = 0
 
     @contextmanager
@@ -46,14 +46,14 @@ class Watcher:
         """Whether the training should stop, by what it has logged since the last look."""
         if not self.child:
             self.child = self._find()
-        losses = tracking.curve(self.child, tracking.EVAL_LOSS) if self.child else []
+        losses = child_runs.curve(self.child, store_names.EVAL_LOSS) if self.child else []
         new = list(enumerate(losses, start=1))[self._seen :]
         self._seen = len(losses)
         return any([self.should_stop(position, loss) for position, loss in new])
 
     def _find(self) -> str:
-        found = tracking.newest_child(self.parent, "train")
+        found = child_runs.newest_child(self.parent, "train")
         if not found or found == self._before:
             return ""
-        tracking.rename(found, self.name)
+        child_runs.rename(found, self.name)
         return found

@@ -1,0 +1,45 @@
+"""Where this project came from, as MLflow noted it: a folder, or a commit of a git URL."""
+
+import re
+from pathlib import Path
+
+import mlflow
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_GIT_BRANCH,
+    MLFLOW_GIT_COMMIT,
+    MLFLOW_GIT_REPO_URL,
+    MLFLOW_PROJECT_ENV,
+    MLFLOW_SOURCE_NAME,
+)
+
+from steps.text2sql import active_run
+
+PROJECT = Path(__file__).parents[2]
+SOURCE_TAGS = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_COMMIT, MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL)
+
+
+def uri() -> str:
+    """What `mlflow run` takes to run this project again: the git URL it came from, or this folder."""
+    source = active_run.tags().get(MLFLOW_SOURCE_NAME, "")
+    return source if re.match(r"(https?|ssh|git)://|git@", source) else str(PROJECT)
+
+
+def version() -> list[str]:
+    """`-v <commit>` for a git URL, nothing for a folder, where it would check that commit out."""
+    return ["-v", git_commit()] if uri() != str(PROJECT) else []
+
+
+def git_commit() -> str:
+    """Commit of the project as MLflow noted it on this run; empty outside a git checkout."""
+    return active_run.tags().get(MLFLOW_GIT_COMMIT, "")
+
+
+def env_manager() -> str:
+    """Environment manager that `mlflow run` was given for this run."""
+    return active_run.tags().get(MLFLOW_PROJECT_ENV, "local")
+
+
+def take_source_of(parent: str) -> None:
+    """Note on a step's run where the project came from: main starts it from a folder, perhaps a clone."""
+    tags = mlflow.get_run(parent).data.tags
+    mlflow.set_tags({name: tags[name] for name in SOURCE_TAGS if name in tags})

@@ -1,0 +1,169 @@
+"""A step within its MLflow run: opening it, and ending it whatever ends the step."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import mlflow
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT, MLFLOW_RUN_NOTE
+
+from steps.text2sql import active_run, liveness, processes, project_source, ranks
+from steps.text2sql.command_line import parse
+from steps.text2sql.errors import Interrupted, UserError
+from steps.text2sql.lost_runs import end_lost_runs
+from steps.text2sql.run_page import describe_step, name_run
+from steps.text2sql.store_names import TAG_FAILURE, TAG_FINGERPRINT, TAG_STOPPED_BY
+
+# main tells a step its fingerprint so that the run has it from its start, however it ends.
+FINGERPRINT_VARIABLE = "TEXT2SQL_FINGERPRINT"
+Params = TypeVar("Params")
+
+
+def run_step(
+    params_class: type[Params],
+    step: Callable[[Params], None],
+    *,
+    user_errors: tuple[type[Exception], ...] = (),
+) -> None:
+    """Parse the command line and call a step inside its run.
+
+    A `UserError`, or another of `user_errors`, is printed as its message alone. Whatever ends the step, the
+    run ends too: FINISHED, FAILED with the reason as a tag, or KILLED.
+    """
+
+    def body() -> None:
+        step(parse(params_class, sys.argv[1:]))
+        describe_step()
+
+    run_in_run(body, user_errors=user_errors, measure=True)
+
+
+def run_in_run(
+    body: Callable[[], None], *, user_errors: tuple[type[Exception], ...] = (), measure: bool = False
+) -> None:
+    """See `run_step`; for a body that reads its parameters itself.
+
+    `measure` logs how busy CPU, memory, disk and GPUs are, unless the user's
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says otherwise.
+    """
+    logging.basicConfig(level=logging.INFO if ranks.is_first() else logging.ERROR, format="%(message)s")
+    _quiet()
+    processes.stop_with_launchers()
+    if ranks.has_launcher() or not ranks.is_first():
+        _run_as_one_of_several(body, user_errors)
+        return
+    with processes.on_signals(processes.raise_interrupt):
+        check_store()
+        run = mlflow.start_run(
+            log_system_metrics=None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else measure
+        )
+        with liveness.announced(run.info.run_id):
+            _run(body, (UserError, *user_errors))
+
+
+def _run(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+    try:
+        begin()
+        body()
+    except user_errors as error:
+        _end("FAILED", TAG_FAILURE, str(error))
+        raise SystemExit(f"\nError: {error}{_way_on(error)}") from error
+    except (KeyboardInterrupt, Interrupted) as error:
+        name = str(error) or "SIGINT"
+        _end("KILLED", TAG_STOPPED_BY, name)
+        raise SystemExit(f"\nStopped by {name}.{_way_on(error)}") from error
+    except BaseException as error:
+        _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
+        raise
+    mlflow.end_run()
+
+
+def begin() -> None:
+    """What each run begins with: its origin and its fingerprint as tags, and an end for lost runs.
+
+    Raises:
+        Interrupted: main was killed while this process of it started.
+    """
+    if FINGERPRINT_VARIABLE in os.environ:
+        mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
+    name_run(active_run.tags().get(MLFLOW_PROJECT_ENTRY_POINT, ""))
+    parent = active_run.tags().get(MLFLOW_PARENT_RUN_ID)
+    if not parent:
+        end_lost_runs()
+    elif liveness.state(parent) == "gone":
+        raise Interrupted("the end of main")
+    else:
+        project_source.take_source_of(parent)
+
+
+def _end(status: str, tag: str, reason: str) -> None:
+    try:
+        mlflow.set_tags({tag: reason[:5000], MLFLOW_RUN_NOTE: f"{status}: {reason[:5000]}"})
+    finally:
+        mlflow.end_run(status)
+
+
+def _way_on(error: BaseException) -> str:
+    return f"\n\n{error.go_on}" if isinstance(error, Interrupted | UserError) and error.go_on else ""
+
+
+def _run_as_one_of_several(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+    """Call a body in a process whose launcher owns the run, ends it, and says why."""
+    with processes.on_signals(processes.raise_interrupt):
+        try:
+            if ranks.is_first():
+                mlflow.start_run()
+            else:
+                ranks.be_silent()
+            body()
+        except Interrupted as error:  # all of them stopped together, which is no failure of this one
+            ranks.tell_ending("stopped", str(error), error.go_on)
+        except KeyboardInterrupt as error:
+            ranks.tell_ending("stopped", str(error) or "SIGINT")
+            raise SystemExit(1) from error
+        except (UserError, *user_errors) as error:
+            ranks.tell_ending("failed", str(error))
+            raise SystemExit(1) from error
+        except ranks.LeftAlone as error:
+            ranks.tell_ending("left", str(error))
+            raise SystemExit(1) from error
+        except BaseException as error:
+            if ranks.tell_ending("failed", f"process {ranks.index()}: {type(error).__name__}: {error}"):
+                raise
+            raise SystemExit(1) from error
+
+
+def check_store() -> None:
+    """Refuse a store whose file each process would look for in its own folder, before one is made there."""
+    stores = {
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+    }
+    for name, uri in stores.items():
+        start, slashes, file = uri.partition(":///")
+        if start.startswith("sqlite") and slashes and not Path(file).is_absolute():
+            raise SystemExit(
+                f"\nError: {name}={uri}: is a relative path, but steps run in the project's folder; "
+                f"give the absolute form: {start}:///{processes.users_folder() / file}"
+            )
+
+
+def _quiet() -> None:
+    # Each of these says at INFO or WARNING what a user can neither use nor change.
+    for name in (
+        "httpx",
+        "alembic",
+        "mlflow.projects",
+        "mlflow.system_metrics",
+        "bitsandbytes.backends.cpu.ops",
+        "mlflow.store.db.utils",
+        "matplotlib",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for start in ("The specified dataset source can be interpreted", ".*An input example was not provided"):
+        warnings.filterwarnings("ignore", start)

@@ -1,0 +1,60 @@
+"""How fast a training goes on this device, and whether compiling its layers wins its time back."""
+
+from typing import NamedTuple
+
+from steps.text2sql import ranks
+from steps.text2sql.device import operations_per_second
+from steps.text2sql.errors import UserError
+from steps.text2sql.sql_model import pick_device
+
+# Compiling takes this long (32 layers of Mistral-7B on an H100, cold) and then saves a third of the time.
+COMPILE_SECONDS = 65
+COMPILE_SAVES = 1 / 3
+# Share of the device's product rate that a training reaches without being compiled: Mistral-7B on an H100,
+# and the embedded base on two cores (0.3 to 0.6, which other programs shared).
+USUAL_SHARE_OF_PEAK = {"cuda": 0.35, "cpu": 0.5}
+
+
+class Speed(NamedTuple):
+    """What times are estimated and measured by: the size of the base, and what the devices reach together in
+    a large matrix product."""
+
+    frozen_parameters: int
+    operations_per_second: float
+
+    def seconds(self, *, tokens: float, device: str, recompute: bool = False) -> float:
+        """About how long so many tokens take, not compiled; recomputing is one more forward pass."""
+        operations = tokens * operations_per_token(self.frozen_parameters) * (1.5 if recompute else 1)
+        return operations / (USUAL_SHARE_OF_PEAK[device] * self.operations_per_second)
+
+    def compiling_pays(self, *, tokens: float) -> bool:
+        """`auto` of torch_compile: whether so many tokens take long enough to win its time back."""
+        return self.seconds(tokens=tokens, device="cuda") * COMPILE_SAVES > COMPILE_SECONDS
+
+
+def of_devices(frozen_parameters: int) -> Speed:
+    """Speed of all processes that train together."""
+    return Speed(frozen_parameters, operations_per_second() * ranks.count())
+
+
+def operations_per_token(frozen_parameters: int) -> int:
+    """Floating point operations of one token's forward and backward pass: 2 a parameter each.
+
+    Frozen weights need no gradient of their own, which would be 2 more (Kaplan et al., arXiv 2001.08361,
+    section 2.1, counts 6 in all). Attention scores and the adapter are left out, as is recomputation.
+    """
+    return 4 * frozen_parameters
+
+
+def choose_compile(torch_compile: str, speed: Speed, *, tokens: float) -> str:
+    """`yes` or `no`; `auto` by whether so many tokens take long enough.
+
+    Raises:
+        UserError: yes, where the layers cannot be compiled.
+    """
+    pays = pick_device()[0] == "cuda" and speed.compiling_pays(tokens=tokens)
+    can = not ranks.is_sharded()  # a compiled layer would hold on to weights that come and go
+    chosen = {"auto": "yes" if pays and can else "no"}.get(torch_compile, torch_compile)
+    if chosen == "yes" and not can:
+        raise UserError("torch_compile=yes: not with a base that is divided (FSDP); give auto or no.")
+    return chosen
