@@ -84,7 +84,7 @@ def test_without_a_signal_nothing_is_touched_and_handlers_go_back(family):
 
 def test_a_signal_ends_the_step_that_a_step_started_and_kills_both_runs(store, tmp_path, monkeypatch):
     (tmp_path / "MLproject").write_text(SLEEPING)
-    monkeypatch.setattr(tracking, "PROJECT", tmp_path)
+    monkeypatch.setattr(child_runs, "PROJECT", tmp_path)
     with Forked(lambda: step_run.run_in_run(lambda: child_runs.run("evaluate", {}))) as process:
         end = time.monotonic() + LIMIT_SECONDS
         while not (tmp_path / "begun").exists():
