@@ -73,7 +73,7 @@ class Recipe:
     (`pissa`, arXiv 2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine"
     warmup_share: float = 0.05
     quantization: str = "nf4"
