@@ -27,7 +27,8 @@ def register_at_once(source, described):
     def one(_):
         with mlflow.start_run():
             params = RegisterParams("runs:/a/adapter", "runs:/a/dataset", "together")
-            return register.register(source, described, params, card="A card", prompt="prompts:/p/1")
+            card = "A card of version {version}".format
+            return register.register(source, described, params, card=card, prompt="prompts:/p/1")
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(one, range(AT_ONCE)))

@@ -380,7 +380,8 @@ def test_the_champion_is_scored_by_the_evaluate_step_in_a_run_below(second_versi
 def test_a_champion_that_cannot_be_scored_is_an_error_and_stays(second_version, capfd):
     mlflow.MlflowClient().log_text(second_version, "broken", "rows/rows.jsonl")
     message, run = failure("promote", version=2, evaluation_run_id=second_version)
-    assert message.startswith("\nError: evaluate failed; its message stands above.")
+    assert message.startswith("\nError: evaluate failed: ")
+    assert "rows.jsonl: is not valid JSONL" in message
     assert "broken JSON at line 1" in capfd.readouterr().err
     assert run.info.status == "FAILED"
     assert (champion(), locks()) == (1, [])
