@@ -33,14 +33,14 @@ import numpy
 import pandas
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from scipy.stats import t as student
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from steps.text2sql import adapter, memory_plan, preparation, scoring, splits, trainer, training
+from benchmarks.train_throughput import attach_as_planned, project_lora
+from steps.text2sql import memory_plan, scoring, splits, tokenization, trainer, training
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device
 from steps.text2sql.sql_execution import QueryError, check_query
@@ -58,7 +58,6 @@ from steps.text2sql.sql_model import (
 
 CHOICE_ROWS = 2000
 BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 8, 512, 96
-LORA_R, LORA_ALPHA = 32, 64
 ROWS_AT_ONCE = {"cuda": 4000, "cpu": 32}
 NEVER = 10**9
 QUERY_SECONDS = 5.0
@@ -148,12 +147,12 @@ def tokenized(rows: pandas.DataFrame, tokenizer: PreTrainedTokenizerFast, recipe
     """Rows as training takes them, with what the recipe wants of them."""
     joins = rows["answer"].str.contains(r"\bJOIN\b", case=False)
     rows = pandas.concat([rows, *[rows[joins]] * (recipe.join_repeats - 1)], ignore_index=True)
-    encoded, _ = preparation.tokenization.tokenize(
+    encoded, _ = tokenization.tokenize(
         rows, tokenizer=tokenizer, template=PROMPT_TEMPLATE, style="plain", max_length=MAX_LENGTH
     )
     if recipe.learns == "answers":
         return encoded
-    last = [] if recipe.learns == "all" else [-100]
+    last = [] if recipe.learns == "all" else [tokenization.IGNORED]
     return encoded.map(lambda row: {"labels": row["input_ids"][: len(row["input_ids"]) - len(last)] + last})
 
 
@@ -164,7 +163,7 @@ class Balanced(trainer.Shuffled):
         """Indices of all rows but an odd rest."""
         self.set_epoch(self.epoch_now())
         random = numpy.random.default_rng([self.initial_seed, self.epoch_now()])
-        lengths = [len(row) for row in self.data_source["input_ids"]]
+        lengths = tokenization.lengths(self.data_source).to_numpy()
         steps = len(lengths) // BATCH_SIZE
         strata = numpy.argsort(lengths, kind="stable")[: steps * BATCH_SIZE].reshape(BATCH_SIZE, steps)
         yield from random.permuted(strata, axis=1).T.ravel().tolist()
@@ -220,24 +219,10 @@ def start_on_directions(model: PeftModel, kind: str) -> None:
 
 def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_plan.Plan]:
     """Base with a new adapter, and the plan for its memory."""
-    device, dtype = pick_device()
     base = load_base(EMBEDDED_BASE, recipe.quantization if recipe.start == "lora" else "none")
-    lora = dataclasses.replace(
-        adapter.lora_config(r=LORA_R, alpha=LORA_ALPHA, dropout=0.0, target_modules="all-linear"),
-        **recipe.lora,
-    )
-    plan = memory_plan.make(
-        memory_plan.Shape.of(base.config, dtype),
-        device=device,
-        free=memory_plan.free_bytes(device),
-        trainable=adapter.size(base, lora),
-        four_bit=memory_plan.four_bit_parameters(base),
-        longest=training.longest_row(data),
-        step_tokens=int(training.mean_tokens(data["train"]) * BATCH_SIZE),
-        gradient_checkpointing="auto",
-    )
-    is_packed = any(isinstance(module, Linear4bit) for module in base.modules())
-    model = adapter.attach(base.dequantize() if plan.dequantize and is_packed else base, lora)
+    lora = dataclasses.replace(project_lora(), **recipe.lora)
+    step_tokens = training.mean_tokens(data["train"]) * BATCH_SIZE
+    model, plan = attach_as_planned(base, lora, data, step_tokens=step_tokens)
     if recipe.start != "lora":
         start_on_directions(model, recipe.start)
     return model, plan

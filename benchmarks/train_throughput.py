@@ -20,7 +20,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
@@ -213,6 +213,24 @@ def project_lora() -> LoraConfig:
     )
 
 
+def attach_as_planned(
+    base: PreTrainedModel, lora: LoraConfig, data: datasets.DatasetDict, *, step_tokens: float
+) -> tuple[PeftModel, memory_plan.Plan]:
+    """Base with a new adapter, held as the project plans it for this device; and that plan."""
+    device, dtype = pick_device()
+    plan = memory_plan.make(
+        memory_plan.Shape.of(base.config, dtype),
+        device=device,
+        free=memory_plan.free_bytes(device),
+        trainable=adapter.size(base, lora),
+        four_bit=memory_plan.four_bit_parameters(base),
+        longest=training.longest_row(data),
+        step_tokens=int(step_tokens),
+        gradient_checkpointing="auto",
+    )
+    return adapter.attach(base.dequantize() if plan.dequantize else base, lora), plan
+
+
 def fit_project(
     base: PreTrainedModel,
     data: datasets.DatasetDict,
@@ -225,20 +243,9 @@ def fit_project(
     logging_steps: int = 10,
 ) -> str:
     """Train by the same calls as the train step; its plan for the memory comes back."""
-    device, dtype = pick_device()
-    lora = project_lora()
+    device = pick_device()[0]
     step_tokens = training.mean_tokens(data["train"]) * batch_size
-    plan = memory_plan.make(
-        memory_plan.Shape.of(base.config, dtype),
-        device=device,
-        free=memory_plan.free_bytes(device),
-        trainable=adapter.size(base, lora),
-        four_bit=memory_plan.four_bit_parameters(base),
-        longest=training.longest_row(data),
-        step_tokens=int(step_tokens),
-        gradient_checkpointing="auto",
-    )
-    model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
+    model, plan = attach_as_planned(base, project_lora(), data, step_tokens=step_tokens)
     if compiled:
         training.compile_layers(model)
     settings = training.arguments(
