@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -32,12 +32,17 @@ def parse(params_class: type[Params], argv: Sequence[str]) -> Params:
     return params_class(**values)
 
 
-class MainParams(NamedTuple):
-    """Checked parameters of main: all as given, its own, and the text of those to hand on, by step."""
+class Call(NamedTuple, Generic[Params]):
+    """Checked parameters of an entry point that starts steps: all as given, its own, and the text of those to
+    hand on, by step."""
 
     given: dict[str, str]
-    own: OwnMainParams
+    own: Params
     steps: dict[str, dict[str, str]]
+
+
+MainParams = Call[OwnMainParams]
+SweepCall = Call[SweepParams]
 
 
 def parse_main(argv: Sequence[str]) -> MainParams:
@@ -47,15 +52,7 @@ def parse_main(argv: Sequence[str]) -> MainParams:
         UserError: naming every unknown or wrong parameter at once.
     """
     refused = dict.fromkeys(SET_BY_MAIN, "main finds this out itself")
-    return MainParams(*_with_handed_on(argv, OwnMainParams, list(CHAIN), refused))
-
-
-class SweepCall(NamedTuple):
-    """Checked parameters of sweep: as `MainParams`."""
-
-    given: dict[str, str]
-    own: SweepParams
-    steps: dict[str, dict[str, str]]
+    return _with_handed_on(argv, OwnMainParams, list(CHAIN), refused)
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCall:
@@ -65,7 +62,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCall:
         UserError: naming every unknown or wrong parameter at once; or a prepared dataset and values that it
             would have to be prepared with.
     """
-    call = SweepCall(*_with_handed_on(argv, SweepParams, ["prepare_data", "train"], SET_BY_SWEEP))
+    call = _with_handed_on(argv, SweepParams, ["prepare_data", "train"], SET_BY_SWEEP)
     others = sorted(call.steps["prepare_data"].keys() - get_type_hints(SweepParams).keys())
     if call.own.dataset_uri and others:
         raise UserError(
@@ -77,11 +74,8 @@ def parse_sweep(argv: Sequence[str]) -> SweepCall:
 
 def _with_handed_on(
     argv: Sequence[str], own_class: type[Params], steps: list[str], refused: Mapping[str, str]
-) -> tuple[dict[str, str], Params, dict[str, dict[str, str]]]:
-    """All as given, an entry point's own parameters, and what it hands on, by step.
-
-    `refused` are names that no user may give here, and why.
-    """
+) -> Call[Params]:
+    """Check what an entry point is given; `refused` are names that no user may give here, and why."""
     given = _pairs(argv)
     by_step = {step: _taken_from_main(step) for step in steps}
     own = get_type_hints(own_class, include_extras=True)
@@ -93,7 +87,7 @@ def _with_handed_on(
     values = _checked(others, types, [*_unknown(others, types), *problems])
     own_params = own_class(**{name: values[name] for name in own})
     found = {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
-    return given, own_params, found
+    return Call(given, own_params, found)
 
 
 def _taken_from_main(step: str) -> dict[str, Any]:
