@@ -1,13 +1,15 @@
 """Loss of the project's training against that of a plain Trainer: same weights, rows, order and seed.
 
 Plain: transformers' own Trainer and loss on rows padded side by side; no packs, no recorded launches, nothing
-compiled. On a GPU all compute in bf16 under autocast, so that single steps differ by rounding.
+compiled. On a GPU all compute in bf16 under autocast, so that single steps differ by rounding; there the
+plain training runs twice, since sums in any order take it away from itself, too.
 
-    python -m benchmarks.loss_curve [--steps 200] [--compiled]
+    python -m benchmarks.loss_curve [--steps 200] [--rows train.jsonl] [--learning-rate 0.001] [--compiled]
 """
 
 import argparse
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,10 +21,16 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Traine
 from benchmarks.train_throughput import fit_project, project_lora, versions
 from steps.text2sql import adapter, preparation, sample_data, splits, training
 from steps.text2sql.device import describe_device
-from steps.text2sql.sql_model import EMBEDDED_BASE, PROMPT_TEMPLATE, load_base, load_base_tokenizer
+from steps.text2sql.sql_model import (
+    EMBEDDED_BASE,
+    PROMPT_TEMPLATE,
+    load_base,
+    load_base_tokenizer,
+    pick_device,
+)
 from steps.text2sql.trainer import Shuffled
 
-SEED, BATCH_SIZE, LEARNING_RATE = 42, 8, 1e-3
+SEED, BATCH_SIZE = 42, 8
 SMOOTHED_STEPS = 20
 
 
@@ -38,9 +46,10 @@ class Losses(TrainerCallback):
             self.found.append(logs["loss"])
 
 
-def prepared_rows(tokenizer: PreTrainedTokenizerFast) -> datasets.DatasetDict:
-    """Built-in rows to train on, tokenized, without validation."""
-    parts = splits.split(pandas.DataFrame(sample_data.generate(SEED)), by="schema", test_size=0.2, seed=SEED)
+def prepared_rows(tokenizer: PreTrainedTokenizerFast, file: Path | None) -> datasets.DatasetDict:
+    """Rows of a file in JSON lines, or built-in ones, to train on; tokenized, without validation."""
+    rows = pandas.read_json(file, lines=True) if file else pandas.DataFrame(sample_data.generate(SEED))
+    parts = splits.split(rows, by="schema", test_size=0.2, seed=SEED)
     found = preparation.prepare(
         parts, tokenizer=tokenizer, template=PROMPT_TEMPLATE, style="plain", max_length=512
     )
@@ -48,7 +57,9 @@ def prepared_rows(tokenizer: PreTrainedTokenizerFast) -> datasets.DatasetDict:
     return datasets.DatasetDict(train=rows, validation=rows.select([]))
 
 
-def plain(tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, steps: int) -> list[float]:
+def plain(
+    tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, *, steps: int, learning_rate: float
+) -> list[float]:
     """Losses of transformers' Trainer as it is."""
     transformers.set_seed(SEED)
     losses = Losses()
@@ -57,7 +68,7 @@ def plain(tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, steps:
         steps=steps,
         batch_size=BATCH_SIZE,
         recompute=False,
-        learning_rate=LEARNING_RATE,
+        learning_rate=learning_rate,
         logging_steps=1,
         disable_tqdm=True,
     )
@@ -76,7 +87,7 @@ def plain(tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, steps:
     return losses.found
 
 
-def project(data: datasets.DatasetDict, steps: int, *, compiled: bool) -> list[float]:
+def project(data: datasets.DatasetDict, *, steps: int, learning_rate: float, compiled: bool) -> list[float]:
     """Losses of this project's training."""
     transformers.set_seed(SEED)
     losses = Losses()
@@ -87,7 +98,7 @@ def project(data: datasets.DatasetDict, steps: int, *, compiled: bool) -> list[f
         steps=steps,
         compiled=compiled,
         callbacks=[losses],
-        learning_rate=LEARNING_RATE,
+        learning_rate=learning_rate,
         logging_steps=1,
     )
     return losses.found
@@ -98,22 +109,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--compiled", action="store_true", help="compile the project's layers")
+    parser.add_argument("--rows", type=Path, help="file in JSON lines, instead of the built-in rows")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     given = parser.parse_args()
     tokenizer = load_base_tokenizer(EMBEDDED_BASE)
-    data = prepared_rows(tokenizer)
+    data = prepared_rows(tokenizer, given.rows)
+    how = {"steps": given.steps, "learning_rate": given.learning_rate}
     curves = {
-        "plain": plain(tokenizer, data, given.steps),
-        "project": project(data, given.steps, compiled=given.compiled),
+        "plain": plain(tokenizer, data, **how),
+        "project": project(data, **how, compiled=given.compiled),
     }
+    if pick_device()[0] == "cuda":
+        curves["plain again"] = plain(tokenizer, data, **how)
     table = pandas.DataFrame(curves, index=range(1, given.steps + 1))
     smoothed = table.rolling(min(SMOOTHED_STEPS, given.steps)).mean().dropna()
-    apart = (smoothed["project"] / smoothed["plain"] - 1).abs()
-    print(f"\n{describe_device()}, {versions()}\n")
-    print(f"| step | plain | project | apart (means of {SMOOTHED_STEPS} steps) |\n| --- | --- | --- | --- |")
-    for step in smoothed.index[:: max(1, len(smoothed) // 9)]:
-        losses = f"{smoothed['plain'][step]:.4f} | {smoothed['project'][step]:.4f}"
-        print(f"| {step} | {losses} | {apart[step]:.2%} |")
-    print(f"\nFurthest apart: {apart.max():.3%}, in the mean {apart.mean():.3%}")
+    apart = smoothed.drop(columns="plain").div(smoothed["plain"], axis=0).sub(1).abs()
+    print(f"\n{describe_device()}, {versions()}, learning rate {given.learning_rate:g}\n")
+    cells = smoothed.map("{:.4f}".format).join(apart.map("{:.2%}".format).add_suffix(", apart"))
+    print(f"| step | {' | '.join(cells)} |\n{'| --- ' * (cells.shape[1] + 1)}|")
+    for step, row in cells.iloc[:: max(1, len(cells) // 9)].iterrows():
+        print(f"| {step} | {' | '.join(row)} |")
+    for name, column in apart.items():
+        print(f"\n{name}: furthest apart {column.max():.3%}, in the mean {column.mean():.3%}")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ import numpy
 import pandas
 import torch
 import transformers
-from peft import PeftModel
+from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from scipy.stats import t as student
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
 from benchmarks.train_throughput import attach_as_planned, project_lora
 from steps.text2sql import memory_plan, scoring, splits, tokenization, trainer, training
@@ -68,8 +68,9 @@ Scores = dict[str, float]
 class Recipe:
     """Everything that a recipe may say; the fields' defaults are those of the project.
 
-    `start` is how the adapter begins: `lora` (B is zero), or on the largest directions of the weights
-    (`pissa`, arXiv 2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
+    `start` is how the adapter begins: `lora` (B is zero), `eva` (B is zero, and A the largest directions of
+    the layer's inputs, arXiv 2410.07170), or on the largest directions of the weights (`pissa`, arXiv
+    2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
     """
 
     learning_rate: float = 1e-3
@@ -86,9 +87,10 @@ class Recipe:
     learns: str = "answers"
 
 
+RATES = (2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 8e-3)
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    **{f"learning rate {rate:g}": {"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 8e-3)},
+    **{f"learning rate {rate:g}": {"learning_rate": rate} for rate in RATES},
     "linear": {"lr_scheduler_type": "linear"},
     "constant after warm-up": {"lr_scheduler_type": "constant_with_warmup"},
     "no warm-up": {"warmup_share": 0.0},
@@ -108,6 +110,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "DoRA": {"lora": {"use_dora": True}},
     "PiSSA": {"start": "pissa"},
     "LoftQ": {"start": "loftq"},
+    "EVA": {"start": "eva", "lora": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}},
     "NEFTune 5": {"settings": {"neftune_noise_alpha": 5.0}},
     "NEFTune 15": {"settings": {"neftune_noise_alpha": 15.0}},
     "balanced lengths": {"balanced_lengths": True},
@@ -122,6 +125,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learns": "all but EOS",
     },
 }
+
+
+def recipe_of(name: str) -> Recipe:
+    """One of `RECIPES`, or several of them at once: "EVA & learning rate 0.002"."""
+    found: dict[str, Any] = {"lora": {}, "settings": {}}
+    for part in name.split(" & "):
+        for field, value in RECIPES[part].items():
+            found[field] = found[field] | value if isinstance(value, dict) else value
+    return Recipe(**found)
 
 
 # Rows
@@ -217,14 +229,30 @@ def start_on_directions(model: PeftModel, kind: str) -> None:
             weight.copy_(through_nf4(rest.to(weight.dtype)))
 
 
+def start_on_inputs(model: PeftModel, rows: datasets.Dataset) -> None:
+    """Begin an adapter on the inputs that rows bring about."""
+    collate = DataCollatorForSeq2Seq(load_base_tokenizer(EMBEDDED_BASE))
+    batches = torch.utils.data.DataLoader(
+        rows.select_columns(["input_ids", "labels"]),
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        collate_fn=lambda batch: dict(collate(batch)),
+    )
+    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+
+
 def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_plan.Plan]:
     """Base with a new adapter, and the plan for its memory."""
-    base = load_base(EMBEDDED_BASE, recipe.quantization if recipe.start == "lora" else "none")
+    changes_base = recipe.start in ("pissa", "loftq")
+    base = load_base(EMBEDDED_BASE, "none" if changes_base else recipe.quantization)
     lora = dataclasses.replace(project_lora(), **recipe.lora)
     step_tokens = training.mean_tokens(data["train"]) * BATCH_SIZE
     model, plan = attach_as_planned(base, lora, data, step_tokens=step_tokens)
-    if recipe.start != "lora":
+    if changes_base:
         start_on_directions(model, recipe.start)
+    elif recipe.start == "eva":
+        start_on_inputs(model, data["train"])
     return model, plan
 
 
@@ -322,7 +350,7 @@ def measure(given: argparse.Namespace, out: TextIO) -> None:
     to_train, sets = read_rows(given)
     part, parts = map(int, given.part.split("/"))
     for seed, name in [(seed, name) for seed in given.seeds for name in given.recipes][part::parts]:
-        recipe = Recipe(**RECIPES[name])
+        recipe = recipe_of(name)
         encoded = tokenized(to_train, tokenizer, recipe)
         data = datasets.DatasetDict(train=encoded, validation=encoded.select([]))
         start = time.monotonic()
@@ -416,7 +444,7 @@ def main() -> None:
     parser.add_argument("--all-rows", action="store_true", help="train on those of `choice` too")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help=recipe_of.__doc__)
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--out", type=Path, default=Path("recipes.jsonl"))
     parser.add_argument("--table", type=Path, help="print the scores of an --out, train nothing")

@@ -15,13 +15,14 @@ from steps.text2sql.sql_model import load_base, load_base_tokenizer
 
 @pytest.fixture
 def tiny_data(tiny_base):
-    return loss_curve.prepared_rows(load_base_tokenizer(str(tiny_base)))
+    return loss_curve.prepared_rows(load_base_tokenizer(str(tiny_base)), None)
 
 
 def test_the_packed_training_has_the_losses_of_a_plain_trainer(tiny_base, tiny_data, monkeypatch):
     monkeypatch.setattr(loss_curve, "EMBEDDED_BASE", str(tiny_base))
-    plain = loss_curve.plain(load_base_tokenizer(str(tiny_base)), tiny_data, 4)
-    assert plain == pytest.approx(loss_curve.project(tiny_data, 4, compiled=False), rel=1e-4)
+    how = {"steps": 4, "learning_rate": 1e-3}
+    plain = loss_curve.plain(load_base_tokenizer(str(tiny_base)), tiny_data, **how)
+    assert plain == pytest.approx(loss_curve.project(tiny_data, **how, compiled=False), rel=1e-4)
     assert len(set(plain)) == 4
 
 
@@ -65,7 +66,7 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
     monkeypatch.setattr(recipe, "MAX_NEW_TOKENS", 2)
     out = tmp_path / "found.jsonl"
     given = ["recipe", "--rows", str(recipe_rows), "--steps", "2", "--seeds", "0", "1", "--out", str(out)]
-    names = ["defaults", "LoftQ", "LoRA+ 4", "balanced lengths", "mean of last 20 %"]
+    names = ["defaults", "EVA", "LoftQ", "LoRA+ 4 & learning rate 0.002", "balanced lengths", "mean of last 20 %"]
     monkeypatch.setattr(sys, "argv", [*given, "--recipes", *names])
     recipe.main()
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

@@ -33,6 +33,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
@@ -468,17 +469,39 @@ def _generate_batch(
     settings: GenerationConfig,
 ) -> list[list[int]] | None:
     """New token ids of each prompt; None where the memory does not suffice for more than one."""
-    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     try:
         with torch.inference_mode():
-            output = model.generate(**padded.to(model.device), generation_config=settings)
+            inputs = _shared_prefix_first(model, tokenizer, prompts)
+            output = model.generate(**inputs, generation_config=settings)
     except Exception as error:
         if len(prompts) == 1 or not should_reduce_batch_size(error):
             raise
     else:
-        return output[:, padded["input_ids"].shape[1] :].tolist()
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
     clear_device_cache(garbage_collection=True)
     return None
+
+
+def _shared_prefix_first(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
+) -> dict[str, torch.Tensor | Cache]:
+    """Inputs of `generate`, with the keys and values of what all prompts begin with, computed once.
+
+    The padding comes after that beginning: (rows, prefix + padding + rest).
+    """
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    rests = [prompt[shared:] for prompt in prompts]
+    padded = tokenizer.pad({"input_ids": rests}, padding_side="left", return_tensors="pt").to(model.device)
+    if len(prompts) == 1 or shared == 0:
+        return dict(padded)
+    prefix = torch.tensor([prompts[0][:shared]], device=model.device)
+    cache = model(prefix, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(prompts))
+    before = {"input_ids": prefix, "attention_mask": torch.ones_like(prefix)}
+    whole = {
+        name: torch.cat([start.expand(len(prompts), -1), padded[name]], 1) for name, start in before.items()
+    }
+    return whole | {"past_key_values": cache}
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Generated:
