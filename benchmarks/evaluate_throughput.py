@@ -1,16 +1,18 @@
 """Rows and new tokens a second of evaluation: length-sorted batches against a loop over single rows.
 
 The embedded base in nf4 without an adapter answers built-in test rows, with the budget of new tokens that
-evaluate gives; it never stops, so every row costs the whole budget. The loop takes every fourth row, by
-length: it is long. Seconds of processor time stand beside those of the clock, for a machine not quite idle:
+evaluate gives; it never stops, so every row costs the whole budget. Both take turns, since the speed of a
+machine changes; the loop has a sixteenth of the rows each time, by length. Seconds of processor time stand
+beside those of the clock, for a machine not quite idle:
 
     python -m benchmarks.evaluate_throughput [rows, 64 by default]
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
+import numpy
 import pandas
 import torch
 
@@ -23,6 +25,8 @@ from steps.text2sql.sql_model import (
     load_base,
     load_base_tokenizer,
 )
+
+TURNS = 4
 
 
 def model() -> SQLModel:
@@ -41,13 +45,6 @@ def test_rows(count: int) -> pandas.DataFrame:
     return scored_rows.choose(rows[list(dataset.COLUMNS)], count)
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the clock and of the processors."""
-    clock, processors = time.monotonic(), time.process_time()
-    work()
-    return time.monotonic() - clock, time.process_time() - processors
-
-
 def main() -> None:
     """Time both and print a Markdown table."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 64
@@ -57,21 +54,34 @@ def main() -> None:
     first = torch.ones(1, 8, dtype=torch.long, device=answering.model.device)
     answering.model.generate(first, max_new_tokens=2)  # the first one is slow
     by_length = rows.loc[(rows["question"] + rows["context"]).str.len().sort_values().index]
-    parts = {1: by_length[::4]} | dict.fromkeys(sorted({32, found}), rows)
-
-    def answer(size: int) -> None:
-        evaluation.answer(answering, parts[size], adapter=True, max_new_tokens=budget, batch_size=size)
-
-    rates = {}
-    for size, part in parts.items():
-        rates[size] = [len(part) / seconds for seconds in timed(lambda size=size: answer(size))]
+    sizes = [1, *sorted({32, found})]
+    turns = []
+    for turn in range(TURNS):
+        parts = {size: by_length[turn :: 4 * TURNS] if size == 1 else rows for size in sizes}
+        turns.append({size: speed(answering, parts[size], budget=budget, batch_size=size) for size in sizes})
     print(f"\n{count} rows, {budget} new tokens each, {describe_device()}, auto: {found} rows at once\n")
-    print("| rows at once | rows/s | new tokens/s | faster | rows per processor second | faster |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for size, (clock, processors) in rates.items():
-        gains = clock / rates[1][0], processors / rates[1][1]
-        speeds = f"{clock:.2f} | {clock * budget:.0f} | {gains[0]:.1f} x"
-        print(f"| {size} | {speeds} | {processors:.2f} | {gains[1]:.1f} x |")
+    print("\n".join(table(turns, budget)))
+
+
+def speed(answering: SQLModel, rows: pandas.DataFrame, *, budget: int, batch_size: int) -> numpy.ndarray:
+    """Rows a second of the clock and of the processors, so many rows at once."""
+    clock, processors = time.monotonic(), time.process_time()
+    evaluation.answer(answering, rows, adapter=True, max_new_tokens=budget, batch_size=batch_size)
+    return len(rows) / numpy.array([time.monotonic() - clock, time.process_time() - processors])
+
+
+def table(turns: list[dict[int, numpy.ndarray]], budget: int) -> Iterator[str]:
+    """Medians over the turns, and of the ratios of each turn with their range."""
+    yield "| rows at once | rows/s | new tokens/s | faster | rows per processor second | faster |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for size in turns[0]:
+        clock, processors = numpy.median([turn[size] for turn in turns], axis=0)
+        gains = numpy.array([turn[size] / turn[1] for turn in turns])
+        wall, work = (
+            f"{middle:.1f} x ({low:.1f} to {high:.1f})"
+            for middle, low, high in zip(*numpy.quantile(gains, [0.5, 0, 1], axis=0), strict=True)
+        )
+        yield f"| {size} | {clock:.2f} | {clock * budget:.0f} | {wall} | {processors:.2f} | {work} |"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
 from benchmarks.train_throughput import attach_as_planned, project_lora
-from steps.text2sql import memory_plan, scoring, splits, tokenization, trainer, training
+from steps.text2sql import adapter, memory_plan, scoring, splits, tokenization, trainer, training
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device
 from steps.text2sql.sql_execution import QueryError, check_query
@@ -66,14 +66,14 @@ Scores = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that a recipe may say; the fields' defaults are those of the project.
+    """Everything that a recipe may say; the fields' defaults are the project's, and None its rule.
 
     `start` is how the adapter begins: `lora` (B is zero), `eva` (B is zero, and A the largest directions of
     the layer's inputs, arXiv 2410.07170), or on the largest directions of the weights (`pissa`, arXiv
     2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     lr_scheduler_type: str = "cosine"
     warmup_share: float = 0.05
     quantization: str = "nf4"
@@ -273,6 +273,8 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
     """Train by the same calls as the train step."""
     transformers.set_seed(seed)
     model, plan = load(recipe, data)
+    rule = training.learning_rate(adapter.count_parameters(model).frozen, steps)
+    recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate or rule)
     settings = training.arguments(
         Path(tempfile.mkdtemp()),
         steps=steps,

@@ -37,10 +37,13 @@ def test_a_training_throughput_is_of_the_projects_own_training(tiny_base, tiny_d
 
 def test_an_evaluation_throughput_compares_batches_with_single_rows(tiny_base, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_throughput, "EMBEDDED_BASE", str(tiny_base))
-    monkeypatch.setattr(sys, "argv", ["evaluate_throughput", "8"])
+    monkeypatch.setattr(sys, "argv", ["evaluate_throughput", "16"])
     evaluate_throughput.main()
-    sizes = re.findall(r"^\| (\d+) \| [\d.]+ \| \d+ \| [\d.]+ x \|", capsys.readouterr().out, re.MULTILINE)
-    assert sizes[:2] == ["1", "32"]
+    row = r"^\| (\d+) \| [\d.]+ \| \d+ \| ([\d.]+) x \(([\d.]+) to ([\d.]+)\) \|"
+    found = re.findall(row, capsys.readouterr().out, re.MULTILINE)
+    assert found[0] == ("1", "1.0", "1.0", "1.0")
+    assert found[1][0] == "32"
+    assert all(float(low) <= float(middle) <= float(high) for _, middle, low, high in found)
 
 
 @pytest.fixture
@@ -66,7 +69,14 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
     monkeypatch.setattr(recipe, "MAX_NEW_TOKENS", 2)
     out = tmp_path / "found.jsonl"
     given = ["recipe", "--rows", str(recipe_rows), "--steps", "2", "--seeds", "0", "1", "--out", str(out)]
-    names = ["defaults", "EVA", "LoftQ", "LoRA+ 4 & learning rate 0.002", "balanced lengths", "mean of last 20 %"]
+    names = [
+        "defaults",
+        "EVA",
+        "LoftQ",
+        "LoRA+ 4 & learning rate 0.002",
+        "balanced lengths",
+        "mean of last 20 %",
+    ]
     monkeypatch.setattr(sys, "argv", [*given, "--recipes", *names])
     recipe.main()
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

@@ -1,6 +1,7 @@
 """The served file: prompt, extraction, generation, and the base model by its reference."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from tokenizers.processors import TemplateProcessing
-from transformers import DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, LlamaConfig
+from transformers.integrations import sdpa_attention
 
 from steps.text2sql import sample_data, sql_model
 from steps.text2sql.sql_model import BaseModelError
@@ -206,6 +208,55 @@ def test_a_batch_of_different_lengths_gives_the_tokens_of_each_prompt_alone(base
         [alone] = sql_model.generate(*base, [prompt], max_new_tokens=16)
         assert together[i] == alone[0]
     assert len({answer.text for answer in together.values()}) == 4
+
+
+def test_what_all_prompts_of_a_batch_begin_with_is_read_once_and_changes_no_answer(base):
+    model, tokenizer = base
+    prompts = [f"Given the tables, answer: {rest}" for rest in ("one?", "How many farms?", "SELECT " * 9)]
+    shared = len(os.path.commonprefix(sql_model.encode_prompts(tokenizer, prompts)))
+    read = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: read.append(ids[0].shape))
+    [together] = sql_model.generate(*base, prompts, max_new_tokens=16)
+    hook.remove()
+    assert shared > 5
+    assert read[0] == (1, shared)
+    assert read[1] == (3, max(map(len, sql_model.encode_prompts(tokenizer, prompts))) - shared)
+    for i, prompt in enumerate(prompts):
+        [alone] = sql_model.generate(*base, [prompt], max_new_tokens=16)
+        assert together[i] == alone[0]
+
+
+def test_equal_prompts_keep_a_token_to_answer_from(base):
+    [answers] = sql_model.generate(*base, ["How many farms?"] * 3, max_new_tokens=8)
+    [alone] = sql_model.generate(*base, ["How many farms?"], max_new_tokens=8)
+    assert list(answers.values()) == [alone[0]] * 3
+
+
+def test_a_base_on_a_cpu_has_grouped_attention(base):
+    assert base[0].config._attn_implementation == sql_model.GROUPED_ATTENTION
+
+
+def test_grouped_attention_is_that_of_transformers_without_its_copies(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.inference_mode():
+        model.set_attn_implementation("sdpa")
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation(sql_model.GROUPED_ATTENTION)
+        monkeypatch.setattr(sdpa_attention, "repeat_kv", None)
+        found = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -105,20 +105,30 @@ def run(model, tokenizer, data, settings, *callbacks, tokens=64):
 # Rules
 
 
-def test_learning_rate_goes_through_its_two_points():
-    assert training.learning_rate(7_000_000_000) == pytest.approx(2e-4)
-    assert training.learning_rate(135_000_000) == pytest.approx(1e-3)
+@pytest.mark.parametrize(
+    ("parameters", "steps", "rate"),
+    [(7_000_000_000, 500, 2e-4), (135_000_000, 500, 1.5e-3), (135_000_000, 60, 2e-3)],
+)
+def test_learning_rate_goes_through_its_points(parameters, steps, rate):
+    assert training.learning_rate(parameters, steps) == pytest.approx(rate)
 
 
-def test_learning_rate_halves_between_them_by_a_power_law():
-    # Halfway in log size is halfway in log rate: the geometric means.
-    assert training.learning_rate(round(math.sqrt(7e9 * 1.35e8))) == pytest.approx(math.sqrt(2e-4 * 1e-3))
+def test_learning_rate_is_a_power_law_between_them():
+    # Halfway in log size or steps is halfway in log rate: the geometric means.
+    assert training.learning_rate(round(math.sqrt(7e9 * 1.35e8)), 500) == pytest.approx(
+        math.sqrt(2e-4 * 1.5e-3)
+    )
+    assert training.learning_rate(135_000_000, round(math.sqrt(500 * 60))) == pytest.approx(
+        math.sqrt(1.5e-3 * 2e-3), rel=1e-3
+    )
 
 
-def test_learning_rate_never_grows_with_the_base_nor_exceeds_1e_3():
-    rates = [training.learning_rate(10**n) for n in range(3, 13)]
+@pytest.mark.parametrize("steps", [1, 60, 500, 100_000])
+def test_learning_rate_never_grows_with_the_base_or_the_steps_nor_exceeds_2e_3(steps):
+    rates = [training.learning_rate(10**n, steps) for n in range(3, 13)]
     assert rates == sorted(rates, reverse=True)
-    assert max(rates) == 1e-3
+    assert training.learning_rate(10**9, steps) >= training.learning_rate(10**9, steps + 100)
+    assert max(rates) == 2e-3
     assert min(rates) > 0
 
 

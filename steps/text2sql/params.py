@@ -100,7 +100,7 @@ class TrainParams:
         Field(description="optimizer steps; -1: num_train_epochs"),
     ]
     batch_size: Annotated[int, Field(ge=1, le=4096, description="rows an optimizer step, over all processes")]
-    learning_rate: Annotated[Auto | Positive, Field(description="peak rate; auto: by the size of the base")]
+    learning_rate: Annotated[Auto | Positive, Field(description="peak rate; auto: by size of base and steps")]
     lora_r: Annotated[Rank, Field(description="rank of the LoRA matrices")]
     lora_alpha: Annotated[Positive, Field(description="LoRA scale is lora_alpha / lora_r")]
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before the LoRA matrices")]

@@ -30,6 +30,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 from peft import PeftModel
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -40,6 +42,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 logger = logging.getLogger(__name__)
 # It asks for a package that is not needed, each time that a model loads on a CPU.
@@ -310,7 +314,40 @@ def load_base(reference: str, quantization: str, *, storage: torch.dtype = torch
             # On CPUs with AVX512-BF16 the first pass in eval mode would repack the weights for a bf16 kernel
             # without a gradient: a validation loss would silently spoil the rest of the training.
             module.support_avx512bf16_for_cpu = False
+    if device == "cpu":
+        model.set_attn_implementation(GROUPED_ATTENTION)
     return model
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa", where rows are padded without a copy of keys and values for each head of a group.
+
+    The kernel for CPUs wants none, and the copies are a fifth of a new token's time for 32 rows.
+    """
+    if attention_mask is None or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=kwargs.get("dropout", 0.0),
+        scale=kwargs.get("scaling"),
+        enable_gqa=True,
+    )
+    return found.transpose(1, 2).contiguous(), None
+
+
+GROUPED_ATTENTION = "sdpa_grouped"
+AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
+AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)
 
 
 def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
@@ -489,10 +526,11 @@ def _shared_prefix_first(
 
     The padding comes after that beginning: (rows, prefix + padding + rest).
     """
-    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    longest = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
+    shared = min(len(os.path.commonprefix(prompts)), longest)
     rests = [prompt[shared:] for prompt in prompts]
     padded = tokenizer.pad({"input_ids": rests}, padding_side="left", return_tensors="pt").to(model.device)
-    if len(prompts) == 1 or shared == 0:
+    if not shared:
         return dict(padded)
     prefix = torch.tensor([prompts[0][:shared]], device=model.device)
     cache = model(prefix, use_cache=True).past_key_values

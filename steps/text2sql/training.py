@@ -26,14 +26,18 @@ EVALUATION_ROWS = 64
 Log = Callable[[dict[str, float], int], None]
 
 
-def learning_rate(parameters: int) -> float:
-    """Peak learning rate for a base of so many parameters.
+def learning_rate(parameters: int, steps: int) -> float:
+    """Peak learning rate for a base of so many parameters and so many steps, at most 2e-3.
 
-    A power law through two points: 2e-4 at 7e9, which the QLoRA paper (arXiv 2305.14314, table 9) and later
-    recipes use for 7B, and 1e-3 at 1.35e8, measured with SmolLM2-135M on this task. Not above 1e-3.
+    A power law in both. Of the size, at 500 steps: through 2e-4 at 7e9, which the QLoRA paper (arXiv
+    2305.14314, table 9) and later recipes use, and 1.5e-3 at 1.35e8. Of the steps: through 2e-3 at 60 and
+    1.5e-3 at 500, both for 1.35e8; that longer trainings want a smaller rate is known of pretraining (arXiv
+    2409.19913). The rates at 1.35e8 were measured (SmolLM2-135M, 8 rows a step, benchmarks/recipe.py); that
+    other sizes want the same exponent of the steps is a guess.
     """
-    exponent = math.log(1e-3 / 2e-4) / math.log(7e9 / 1.35e8)
-    return min(1e-3, 2e-4 * (7e9 / parameters) ** exponent)
+    by_size = math.log(1.5e-3 / 2e-4) / math.log(7e9 / 1.35e8)
+    by_steps = math.log(2e-3 / 1.5e-3) / math.log(500 / 60)
+    return min(2e-3, 2e-4 * (7e9 / parameters) ** by_size * (500 / steps) ** by_steps)
 
 
 def optimizer(device: str) -> str:
@@ -47,7 +51,7 @@ def resolve_auto(
 ) -> dict[str, Any]:
     """Learning rate, warm-up and optimizer; where `auto` is given, by size of the base, steps and device."""
     auto = {
-        "learning_rate": learning_rate(frozen_parameters),
+        "learning_rate": learning_rate(frozen_parameters, steps),
         "warmup_steps": steps // 20,
         "optim": optimizer(device),
     }
