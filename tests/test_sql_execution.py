@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steps.text2sql import sql_execution
-from steps.text2sql.sql_execution import QueryError, check_query, is_ordered, same_result
+from steps.text2sql.sql_execution import QueryError, check_query
 from steps.text2sql.sql_worker import MAX_ROWS
 
 CONTEXT = "CREATE TABLE singer (name TEXT, age INTEGER)"
@@ -179,55 +179,6 @@ def test_a_file_that_is_no_database_is_a_query_error(tmp_path):
     (tmp_path / "text.sqlite").write_text("text" * 1000)
     with pytest.raises(QueryError, match="not a database"):
         run(tmp_path / "text.sqlite", "SELECT 1 FROM t")
-
-
-@pytest.mark.parametrize(
-    ("gold", "predicted", "unordered", "ordered"),
-    [
-        ([(1,), (2,)], [(1,), (2,)], True, True),
-        ([(1,), (2,)], [(2,), (1,)], True, False),
-        ([(1,), (1,), (2,)], [(1,), (2,), (2,)], False, False),
-        ([(1,)], [(1,), (1,)], False, False),
-        ([(1, 2)], [(2, 1)], False, False),
-        ([("a",)], [("A",)], False, False),
-        ([(1,)], [("1",)], False, False),
-        ([(1,)], [(1.0,)], True, True),
-        ([(None,)], [(0,)], False, False),
-        ([(None,)], [(None,)], True, True),
-        ([], [], True, True),
-        ([], [(None,)], False, False),
-    ],
-)
-def test_results_are_equal_with_the_same_rows_as_often(gold, predicted, unordered, ordered):
-    assert same_result(gold, predicted, ordered=False) is unordered
-    assert same_result(gold, predicted, ordered=True) is ordered
-
-
-@pytest.mark.parametrize(
-    ("query", "expected"),
-    [
-        ("SELECT a FROM t ORDER BY a", True),
-        ("select a from t order\n by a desc limit 1;", True),
-        ("SELECT a FROM t UNION SELECT b FROM u ORDER BY 1", True),
-        ("WITH c AS (SELECT a FROM t) SELECT a FROM c ORDER BY a", True),
-        ("SELECT a FROM t", False),
-        ("SELECT a FROM (SELECT a FROM t ORDER BY a LIMIT 3)", False),
-        ("SELECT a FROM t WHERE a IN (SELECT a FROM t ORDER BY a LIMIT 3)", False),
-        ("WITH c AS (SELECT a FROM t ORDER BY a LIMIT 1) SELECT a FROM c", False),
-        ("SELECT RANK() OVER (ORDER BY a) FROM t", False),
-        ("SELECT GROUP_CONCAT(a) FROM t WHERE b = 'order by'", False),
-        ("SELECT a FROM t WHERE ) ORDER BY a", True),  # sqlglot cannot read it
-        ("SELECT a FROM t WHERE IN (SELECT b FROM u ORDER BY b)", False),
-    ],
-)
-def test_order_counts_only_where_the_whole_query_asks_for_it(query, expected):
-    assert is_ordered(query) is expected
-
-
-def test_order_is_told_for_every_query_that_runs(database):
-    query = "SELECT " + "(" * 90 + "1" + ")" * 90
-    assert run(database, query) == [(1,)]
-    assert is_ordered(query) is False
 
 
 @pytest.mark.parametrize(

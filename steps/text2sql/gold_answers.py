@@ -1,8 +1,8 @@
-"""What a gold query returns on made databases, and whether a prediction returns the same.
+"""What a gold query returns on databases, and whether a prediction returns the same.
 
 Sound about order: rows that tie under gold's ORDER BY may come in any order, and of rows that tie at its
-LIMIT any may be returned. What depends on the order in which tables happen to hold their rows, or on SQLite's
-choice of a row from a group, is not compared.
+LIMIT any may be returned. What depends on SQLite's choice of a row from a group is not compared, nor, on made
+databases, what depends on the order in which tables happen to hold their rows.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlglot
 from sqlglot import exp
 
 from steps.text2sql.gold_query import parse_query
 from steps.text2sql.order_keys import Block, keyed_query
-from steps.text2sql.sql_execution import MadeDatabase, QueryError, Row, run_queries
+from steps.text2sql.sql_execution import Database, MadeDatabase, QueryError, Row, run_queries
 
 RELATIVE_TOLERANCE = 1e-9
 # More columns than these are only compared in gold's order.
@@ -29,7 +30,7 @@ MOST_PERMUTED_COLUMNS = 5
 class Answer:
     """What gold returns on one database; only `columns` are compared where others are a matter of luck."""
 
-    database: MadeDatabase
+    database: Database
     blocks: tuple[Block, ...]
     width: int = 0
     columns: tuple[int, ...] | None = None
@@ -143,12 +144,32 @@ class GoldQuery:
         names = [p.alias or (p.name if isinstance(p, exp.Column) else p.sql()) for p in outputs]
         self.may_permute = len(set(names)) == len(names)
 
+    def answer_from(self, file: Path, *, timeout_seconds: float) -> Answer:
+        """What gold returns from a database of its own contents, whose rows have only the order they have.
+
+        Raises:
+            QueryError: gold returns no result, or the database cannot be opened.
+        """
+        answer, own, others, is_lucky = self._run(file, timeout_seconds)
+        return answer if is_lucky else _settled(answer, own, others) or answer
+
     def answer(self, database: MadeDatabase, *, timeout_seconds: float) -> Answer | None:
         """What gold returns; None where so much of it is a matter of luck that nothing can be compared.
 
         Raises:
             QueryError: gold returns no result, or the database cannot be made.
         """
+        answer, own, others, is_lucky = self._run(database, timeout_seconds)
+        if is_lucky or self._is_settled:
+            return None if is_lucky else answer
+        turned = MadeDatabase(database.context, {t: rows[::-1] for t, rows in database.rows.items()})
+        (other,) = run_queries(turned, [self.text], timeout_seconds=timeout_seconds)
+        return _settled(answer, own, [*others, *_results_but(answer, [other])])
+
+    def _run(
+        self, database: Database, timeout_seconds: float
+    ) -> tuple[Answer, list[Row], list[list[Row]], bool]:
+        """The answer, its rows, other results that gold could have, and whether an inner LIMIT cuts a tie."""
         keyed = [self._keyed] if self._keyed else []
         queries = [self.text, *(k.text for k in (*keyed, *self._inner)), *self._chosen]
         own, *further = run_queries(database, queries, timeout_seconds=timeout_seconds)
@@ -156,14 +177,11 @@ class GoldQuery:
             raise own
         by_keys = further.pop(0) if keyed else None
         inner = [further.pop(0) for _ in self._inner]
-        if any(isinstance(r, list) and k.cuts_a_tie(r) for k, r in zip(self._inner, inner, strict=True)):
-            return None
+        is_lucky = any(
+            isinstance(r, list) and k.cuts_a_tie(r) for k, r in zip(self._inner, inner, strict=True)
+        )
         answer = Answer(database, self._blocks(own, by_keys), width=len(own[0]) if own else 0)
-        if self._is_settled:
-            return answer
-        turned = MadeDatabase(database.context, {t: rows[::-1] for t, rows in database.rows.items()})
-        further += run_queries(turned, [self.text], timeout_seconds=timeout_seconds)
-        return _settled(answer, own, [r for r in further if isinstance(r, list) and not answer.matches(r)])
+        return answer, own, _results_but(answer, further), is_lucky
 
     def _blocks(self, own: list[Row], by_keys: list[Row] | QueryError | None) -> tuple[Block, ...]:
         if not self._is_ordered:
@@ -173,6 +191,10 @@ class GoldQuery:
             if Answer(None, blocks).matches(own):
                 return blocks
         return tuple(Block((row,), 1) for row in own)
+
+
+def _results_but(answer: Answer, results: Sequence[list[Row] | QueryError]) -> list[list[Row]]:
+    return [rows for rows in results if isinstance(rows, list) and not answer.matches(rows)]
 
 
 def _settled(answer: Answer, own: list[Row], others: Sequence[list[Row]]) -> Answer | None:

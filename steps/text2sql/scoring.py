@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from steps.text2sql import failures
 from steps.text2sql.gold_answers import Answer, Comparison, GoldQuery
 from steps.text2sql.made_databases import make_databases
-from steps.text2sql.sql_execution import QueryError, check_query, is_ordered, run_query, same_result
+from steps.text2sql.sql_execution import QueryError, check_query, run_query
 
 # The metric that decides on promotion.
 EXECUTION_ACCURACY = "execution_accuracy"
@@ -59,15 +59,17 @@ def execution_difference_on(database: Path, gold: str, predicted: str, *, timeou
     Raises:
         QueryError: gold returns no result.
     """
+    query = GoldQuery(gold)
     try:
-        expected = run_query(database, gold, timeout_seconds=timeout_seconds)
+        expected = query.answer_from(database, timeout_seconds=timeout_seconds)
     except QueryError as error:
         raise QueryError(f"gold: {error}") from error
     try:
         found = run_query(database, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
         return str(error)
-    return "" if same_result(expected, found, ordered=is_ordered(gold)) else OTHER_ROWS
+    comparison = Comparison(may_permute=query.may_permute)
+    return "" if comparison.agrees(expected, found) else OTHER_ROWS
 
 
 def execution_match(

@@ -1,4 +1,4 @@
-"""Running SQL that nobody has looked at, and comparing what it returns.
+"""Running SQL that nobody has looked at.
 
 Covered. A query can only read one database: a file is opened read-only (`mode=ro`, and `immutable`, so that
 not even a lock or a `-shm` file is written), `query_only` is on, an authorizer allows nothing but reading,
@@ -12,16 +12,11 @@ Not covered. A fault of SQLite itself that lets a query run code: the process ha
 is no sandbox for system calls or the network. One core, kept busy up to the limit of each query. Time, random
 numbers and SQLite's version, which a query can ask for. A file that another program changes meanwhile: it is
 read as it happens to be. macOS, where only SQLite has a limit on its memory, not the process as a whole.
-`is_ordered` reads a query here, in the calling process: it is for gold queries.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import sqlglot
-from sqlglot.errors import SqlglotError
 
 from steps.text2sql.sql_process import PROCESS, Reply
 from steps.text2sql.sql_worker import MAX_SQL_LENGTH
@@ -127,19 +122,3 @@ def _opening(database: Database) -> dict[str, object]:
 def _cut(text: str) -> str:
     # One character more than is allowed is enough for SQLite to refuse it.
     return text[: MAX_SQL_LENGTH + 1]
-
-
-def same_result(gold: list[Row], predicted: list[Row], *, ordered: bool) -> bool:
-    """Whether two results have the same rows as often, and in the same order where that counts.
-
-    Names of columns do not matter, their order does.
-    """
-    return gold == predicted if ordered else Counter(gold) == Counter(predicted)
-
-
-def is_ordered(query: str) -> bool:
-    """Whether the order of the query's rows is asked for: an ORDER BY of the whole query."""
-    try:
-        return sqlglot.parse_one(query, read="sqlite").args.get("order") is not None
-    except (SqlglotError, RecursionError):
-        return "order by" in query.lower().rsplit(")", 1)[-1]
