@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from steps import register
-from steps.text2sql import model_versions, project_source, retries, run_log
+from steps.text2sql import assessments, model_versions, project_source, retries, run_log
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
 from tests.conftest import QUICK, Forked, plain_rows, run_main, tracking_at, write_jsonl
@@ -35,10 +35,15 @@ def register_at_once(source, described):
 
 
 @pytest.fixture(params=["sqlite", "server"])
-def model(request, new_store):
-    """A logged model in a store of its own."""
-    is_server = request.param == "server"
-    with tracking_at(request.getfixturevalue("server").url if is_server else new_store()):
+def shared_store(request, new_store):
+    """A store of its own that several use."""
+    return request.getfixturevalue("server").url if request.param == "server" else new_store()
+
+
+@pytest.fixture
+def model(shared_store):
+    """A logged model in it."""
+    with tracking_at(shared_store):
         logged = mlflow.pyfunc.log_model(name="model", python_model=echo, pip_requirements=[])
         mlflow.end_run()
         yield logged.model_uri
@@ -102,11 +107,44 @@ def test_two_that_log_a_dataset_for_the_first_time_both_succeed(store, monkeypat
     assert (found.dataset.name, len(calls)) == ("rows", 2)
 
 
-def test_two_pipelines_at_once_both_finish_with_a_version_each(new_store, tiny_base, tmp_path, monkeypatch):
+def test_two_that_assess_the_same_rows_for_the_first_time_both_succeed(store, monkeypatch):
+    log_inputs, calls = mlflow.MlflowClient.log_inputs, []
+
+    def collide(*given, **named):
+        calls.append(given)
+        if len(calls) == 1:
+            raise mlflow.MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+        log_inputs(*given, **named)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", collide)
+    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
+    texts = {"question": "q", "context": "c", "gold": "SELECT 1", "prediction": "SELECT 1", "detail": ""}
+    with mlflow.start_run() as run:
+        assessments.log(pandas.DataFrame([texts | dict.fromkeys(assessments.VERDICTS, True)]), model_id=None)
+    [trace] = mlflow.search_traces(run_id=run.info.run_id, return_type="list")
+    assert len(calls) == 2
+    assert {one.name for one in trace.info.assessments} >= set(assessments.VERDICTS)
+
+
+def test_an_error_that_is_no_collision_is_not_tried_again():
+    calls = []
+
+    def fail():
+        calls.append(1)
+        raise mlflow.MlflowException("API request to http://127.0.0.1 failed")
+
+    with pytest.raises(mlflow.MlflowException, match="API request"):
+        retries.tried_again(fail)
+    assert len(calls) == 1
+
+
+def test_two_pipelines_at_once_both_finish_with_a_version_each(
+    shared_store, tiny_base, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
     values = QUICK | {"max_steps": 2, "base_model": tiny_base, "dataset": rows, "eval_rows": 2}
-    with tracking_at(new_store()):
+    with tracking_at(shared_store):
         with Forked(lambda: run_main(**values)) as one, Forked(lambda: run_main(**values)) as other:
             with ThreadPoolExecutor() as pool:
                 printed = list(pool.map(lambda process: process.stdout.read(), (one, other)))

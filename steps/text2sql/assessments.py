@@ -13,6 +13,7 @@ from mlflow.entities import Feedback
 from mlflow.genai.scorers import scorer
 
 from steps.text2sql import scoring
+from steps.text2sql.retries import tried_again
 
 # MLflow writes every verdict in a transaction of its own: 100 rows cost a local store ten seconds and more.
 MAX_ROWS = 100
@@ -47,7 +48,8 @@ def log(predictions: pandas.DataFrame, *, model_id: str | None) -> None:
         for row in rows
     ]
     with _quiet():
-        mlflow.genai.evaluate(data=data, scorers=judges, model_id=model_id)
+        # It logs the rows first, where two that evaluate the same ones collide; no trace is written by then.
+        tried_again(lambda: mlflow.genai.evaluate(data=data, scorers=judges, model_id=model_id))
 
 
 def _judge(name: str, verdicts: dict[tuple[str, str], dict[str, Any]]) -> Callable[..., Feedback]:
