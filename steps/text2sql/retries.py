@@ -9,7 +9,7 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 TRIES = 10
-# As databases say that a row is there by now; MLflow, that its own three tries were in vain; SQLite, of a lock.
+# What databases say of a row that is there by now; MLflow, after three tries of its own; SQLite, of a lock.
 COLLISION = re.compile(r"unique constraint|duplicate|giving up after|database is locked", re.IGNORECASE)
 
 
