@@ -13,7 +13,7 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, LlamaConfig
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, LlamaConfig, MistralConfig
 from transformers.integrations import sdpa_attention
 
 from steps.text2sql import sample_data, sql_model
@@ -223,6 +223,29 @@ def test_what_all_prompts_of_a_batch_begin_with_is_read_once_and_changes_no_answ
     assert read[1] == (3, max(map(len, sql_model.encode_prompts(tokenizer, prompts))) - shared)
     for i, prompt in enumerate(prompts):
         [alone] = sql_model.generate(*base, [prompt], max_new_tokens=16)
+        assert together[i] == alone[0]
+
+
+@pytest.mark.parametrize(("window", "shared"), [(64, True), (12, False)])
+def test_a_window_that_the_padding_would_shorten_has_no_shared_beginning(monkeypatch, window, shared):
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+    )
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer()
+    prompts = [f"Given the tables, answer: {rest}" for rest in ("one?", "How many farms?", "SELECT " * 9)]
+    generate, given = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **named: given.append(named) or generate(**named))
+    [together] = sql_model.generate(model, tokenizer, prompts, max_new_tokens=6)
+    assert ("past_key_values" in given[0]) is shared
+    for i, prompt in enumerate(prompts):
+        [alone] = sql_model.generate(model, tokenizer, [prompt], max_new_tokens=6)
         assert together[i] == alone[0]
 
 

@@ -8,6 +8,7 @@ It does not run any SQL, and no code from a model repository.
 
 import difflib
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -36,12 +37,14 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     Cache,
+    DynamicCache,
     GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -508,7 +511,7 @@ def _generate_batch(
     """New token ids of each prompt; None where the memory does not suffice for more than one."""
     try:
         with torch.inference_mode():
-            inputs = _shared_prefix_first(model, tokenizer, prompts)
+            inputs = _shared_prefix_first(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens)
             output = model.generate(**inputs, generation_config=settings)
     except Exception as error:
         if len(prompts) == 1 or not should_reduce_batch_size(error):
@@ -520,26 +523,47 @@ def _generate_batch(
 
 
 def _shared_prefix_first(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
 ) -> dict[str, torch.Tensor | Cache]:
     """Inputs of `generate`, with the keys and values of what all prompts begin with, computed once.
 
     The padding comes after that beginning: (rows, prefix + padding + rest).
     """
     longest = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
-    shared = min(len(os.path.commonprefix(prompts)), longest)
-    rests = [prompt[shared:] for prompt in prompts]
+    prefix = os.path.commonprefix(prompts)[:longest]
+    cache = _keys_and_values(model, prefix, up_to=max(map(len, prompts)) + max_new_tokens)
+    rests = [prompt[len(prefix) :] for prompt in prompts] if cache else prompts
     padded = tokenizer.pad({"input_ids": rests}, padding_side="left", return_tensors="pt").to(model.device)
-    if not shared:
+    if not cache:
         return dict(padded)
-    prefix = torch.tensor([prompts[0][:shared]], device=model.device)
-    cache = model(prefix, use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(prompts))
-    before = {"input_ids": prefix, "attention_mask": torch.ones_like(prefix)}
-    whole = {
-        name: torch.cat([start.expand(len(prompts), -1), padded[name]], 1) for name, start in before.items()
+    starts = torch.tensor([prefix] * len(prompts), device=model.device)
+    return {
+        "input_ids": torch.cat([starts, padded["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(starts), padded["attention_mask"]], 1),
+        "past_key_values": cache,
     }
-    return whole | {"past_key_values": cache}
+
+
+def _keys_and_values(model: PreTrainedModel, prefix: list[int], *, up_to: int) -> Cache | None:
+    """The cache after a prefix; None where padding behind it would change what the model reads.
+
+    So it would without positions apart from places in the cache, in a recurrent layer, and where a window
+    ends before `up_to` tokens.
+    """
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not prefix or "position_ids" not in inspect.signature(whole.forward).parameters:
+        return None
+    cache = model(torch.tensor([prefix], device=model.device), use_cache=True).past_key_values
+    is_plain = isinstance(cache, DynamicCache) and all(
+        isinstance(layer, DynamicLayer) and getattr(layer, "sliding_window", up_to) >= up_to
+        for layer in cache.layers
+    )
+    return cache if is_plain else None
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Generated:
