@@ -246,7 +246,7 @@ def test_all_settings_of_the_trainer_are_logged(chain, tmp_path):
         steps=6,
         batch_size=4,
         recompute=False,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=0,
         optim="adamw_torch",
         lr_scheduler_type="cosine",
