@@ -10,12 +10,12 @@ beside those of the clock, for a machine not quite idle:
 
 import sys
 import time
-from collections.abc import Iterator
 
 import numpy
 import pandas
 import torch
 
+from benchmarks.markdown import Table, print_table
 from steps.text2sql import dataset, evaluation, sample_data, scored_rows, splits
 from steps.text2sql.device import describe_device, free_memory_bytes
 from steps.text2sql.sql_model import (
@@ -60,7 +60,7 @@ def main() -> None:
         parts = {size: by_length[turn :: 4 * TURNS] if size == 1 else rows for size in sizes}
         turns.append({size: speed(answering, parts[size], budget=budget, batch_size=size) for size in sizes})
     print(f"\n{count} rows, {budget} new tokens each, {describe_device()}, auto: {found} rows at once\n")
-    print("\n".join(table(turns, budget)))
+    print_table(table(turns, budget))
 
 
 def speed(answering: SQLModel, rows: pandas.DataFrame, *, budget: int, batch_size: int) -> numpy.ndarray:
@@ -70,10 +70,9 @@ def speed(answering: SQLModel, rows: pandas.DataFrame, *, budget: int, batch_siz
     return len(rows) / numpy.array([time.monotonic() - clock, time.process_time() - processors])
 
 
-def table(turns: list[dict[int, numpy.ndarray]], budget: int) -> Iterator[str]:
+def table(turns: list[dict[int, numpy.ndarray]], budget: int) -> Table:
     """Medians over the turns, and of the ratios of each turn with their range."""
-    yield "| rows at once | rows/s | new tokens/s | faster | rows per processor second | faster |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "rows at once", "rows/s", "new tokens/s", "faster", "rows per processor second", "faster"
     for size in turns[0]:
         clock, processors = numpy.median([turn[size] for turn in turns], axis=0)
         gains = numpy.array([turn[size] / turn[1] for turn in turns])
@@ -81,7 +80,7 @@ def table(turns: list[dict[int, numpy.ndarray]], budget: int) -> Iterator[str]:
             f"{middle:.1f} x ({low:.1f} to {high:.1f})"
             for middle, low, high in zip(*numpy.quantile(gains, [0.5, 0, 1], axis=0), strict=True)
         )
-        yield f"| {size} | {clock:.2f} | {clock * budget:.0f} | {wall} | {processors:.2f} | {work} |"
+        yield size, f"{clock:.2f}", f"{clock * budget:.0f}", wall, f"{processors:.2f}", work
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import json
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from benchmarks.markdown import Table, print_table
 from steps.text2sql import sample_data, scoring
 from tests import sql_mutations
 from tests.random_databases import RandomDatabases, executes, same_on
@@ -86,9 +87,10 @@ def main() -> None:
         reports = {name: list(judge_rows(found)) for name, found in rows.items()}
         seconds = list(timed(pool, [report for found in reports.values() for report in found]))
     found = [report for of_set in reports.values() for report in of_set]
-    for lines in (gold_table(reports), rewrite_table(reports), mutant_table(found), set_table(reports)):
+    tables = gold_table(reports), rewrite_table(reports), mutant_table(found), set_table(reports)
+    for lines in (*tables, agreement(found)):
         print_table(lines)
-    print_table(agreement(found))
+        print()
     print("\n".join(seconds))
     print_examples("Set aside as equivalent", ((report, m) for report in found for m in set_aside(report)))
     print_examples(
@@ -199,9 +201,6 @@ def set_aside(report: Report) -> list[Judged]:
     return [mutant for mutant in report.mutants if mutant.is_equivalent]
 
 
-Table = Iterable[Sequence[object]]
-
-
 def gold_table(reports: dict[str, list[Report]]) -> Table:
     """Gold against itself."""
     yield "rows", "all", "execute", "gold = gold"
@@ -310,15 +309,6 @@ def timed(pool: ProcessPoolExecutor, reports: list[Report]) -> Iterator[str]:
 def share(part: int, whole: int) -> str:
     """Part of a whole as a percentage and as it is."""
     return f"{part / whole:.1%} ({part:,} of {whole:,})" if whole else "-"
-
-
-def print_table(lines: Table) -> None:
-    """Print rows as Markdown, the first as the head."""
-    for i, cells in enumerate(lines):
-        print("| " + " | ".join(map(str, cells)) + " |")
-        if i == 0:
-            print("| --- " * len(cells) + "|")
-    print()
 
 
 def print_examples(title: str, found: Iterable[tuple[Report, Judged]]) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.markdown import Table, print_table
 from tests import hostile_sql
 
 LIMITS = (0.5, 1, 2)
@@ -18,8 +19,12 @@ LIMITS = (0.5, 1, 2)
 def main() -> None:
     """Run the whole corpus under each limit and print a Markdown table."""
     print(f"{len(hostile_sql.QUERIES)} queries, run and prepared, and {len(hostile_sql.CONTEXTS)} contexts\n")
-    print("| limit | ended by it | other than expected | latest | memory of all processes |")
-    print("| --- | --- | --- | --- | --- |")
+    print_table(table())
+
+
+def table() -> Table:
+    """A line for each limit, as soon as it was measured."""
+    yield "limit", "ended by it", "other than expected", "latest", "memory of all processes"
     for seconds in LIMITS:
         with tempfile.TemporaryDirectory() as folder:
             database = Path(folder) / "singers.sqlite"
@@ -31,8 +36,7 @@ def main() -> None:
         other = sum(not re.search(row["end"], row["found"]) for row in report)
         latest = max(report, key=lambda row: row["late"])
         memory = f"{sum(done['peak_bytes']) / 1e6:.0f} MB"
-        cells = (f"{seconds:g} s", ended, other, f"{latest['late']:.3f} s ({latest['claim']})", memory)
-        print(f"| {' | '.join(map(str, cells))} |")
+        yield f"{seconds:g} s", ended, other, f"{latest['late']:.3f} s ({latest['claim']})", memory
 
 
 if __name__ == "__main__":

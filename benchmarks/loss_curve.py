@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
+from benchmarks.markdown import print_table
 from benchmarks.train_throughput import fit_project, project_lora, versions
 from steps.text2sql import adapter, preparation, sample_data, splits, training
 from steps.text2sql.device import describe_device
@@ -126,9 +127,8 @@ def main() -> None:
     apart = smoothed.drop(columns="plain").div(smoothed["plain"], axis=0).sub(1).abs()
     print(f"\n{describe_device()}, {versions()}, learning rate {given.learning_rate:g}\n")
     cells = smoothed.map("{:.4f}".format).join(apart.map("{:.2%}".format).add_suffix(", apart"))
-    print(f"| step | {' | '.join(cells)} |\n{'| --- ' * (cells.shape[1] + 1)}|")
-    for step, row in cells.iloc[:: max(1, len(cells) // 9)].iterrows():
-        print(f"| {step} | {' | '.join(row)} |")
+    shown = cells.iloc[:: max(1, len(cells) // 9)]
+    print_table([("step", *cells), *shown.itertuples(name=None)])
     for name, column in apart.items():
         print(f"\n{name}: furthest apart {column.max():.3%}, in the mean {column.mean():.3%}")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks.markdown import print_table
 from steps.text2sql import dataset, preparation, sample_data, splits
 from steps.text2sql.sql_model import PROMPT_TEMPLATE, load_base_tokenizer
 
@@ -54,9 +55,8 @@ def main() -> None:
     print(
         f"\n{len(rows):,} rows of {prepared.lengths.mean():.0f} tokens in the mean, {os.cpu_count()} cores\n"
     )
-    print("| part | seconds |\n| --- | --- |")
-    for name, seconds in (times | {"all": sum(times.values())}).items():
-        print(f"| {name} | {seconds:.1f} |")
+    seconds = times | {"all": sum(times.values())}
+    print_table([("part", "seconds"), *((name, f"{value:.1f}") for name, value in seconds.items())])
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from peft.tuners.lora import LoraLayer
 from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
+from benchmarks.markdown import Table, print_table
 from benchmarks.train_throughput import attach_as_planned, project_lora
 from steps.text2sql import adapter, memory_plan, scoring, splits, tokenization, trainer, training
 from steps.text2sql.checkpoints import Checkpoints
@@ -406,8 +407,8 @@ def is_right_on(database: Path, gold: str, query: str) -> bool:
     return not scoring.execution_difference_on(database, gold, query, timeout_seconds=QUERY_SECONDS)
 
 
-def table(given: argparse.Namespace) -> Iterator[str]:
-    """Lines of Markdown: each recipe's mean over its seeds, with an interval where there are several."""
+def table(given: argparse.Namespace) -> Table:
+    """Each recipe's mean over its seeds, with an interval where there are several."""
     _, sets = read_rows(given)
     found: dict[tuple[int, str], list[Scores]] = {}
     for line in map(json.loads, given.table.read_text(encoding="utf-8").splitlines()):
@@ -419,11 +420,10 @@ def table(given: argparse.Namespace) -> Iterator[str]:
         }
         found.setdefault((line["steps"], line["recipe"]), []).append(scores)
     columns = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
-    yield f"| recipe | steps | seeds | {' | '.join(columns)} |"
-    yield "| --- " * (len(columns) + 3) + "|"
+    yield "recipe", "steps", "seeds", *columns
     for (steps, recipe), runs in sorted(found.items(), key=lambda item: item[0][0]):
         cells = [interval([run[name] for run in runs if name in run]) for name in columns]
-        yield f"| {recipe} | {steps} | {len(runs)} | {' | '.join(cells)} |"
+        yield recipe, steps, len(runs), *cells
 
 
 def interval(values: Sequence[float]) -> str:
@@ -453,7 +453,7 @@ def main() -> None:
     parser.add_argument("--databases", type=Path, help="folder with Spider's <db>.sqlite, for --table")
     given = parser.parse_args()
     if given.table:
-        print("\n".join(table(given)))
+        print_table(table(given))
         return
     with given.out.open("a", encoding="utf-8") as out:
         measure(given, out)
