@@ -226,19 +226,17 @@ def test_what_all_prompts_of_a_batch_begin_with_is_read_once_and_changes_no_answ
         assert together[i] == alone[0]
 
 
+def grouped(kind, **named):
+    """A model with random weights, of whose heads two share keys and values."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return AutoModelForCausalLM.from_config(kind(vocab_size=600, **shape, **heads, **named)).eval()
+
+
 @pytest.mark.parametrize(("window", "shared"), [(64, True), (12, False)])
 def test_a_window_that_the_padding_would_shorten_has_no_shared_beginning(monkeypatch, window, shared):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=600,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=window,
-    )
-    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer()
+    model, tokenizer = grouped(MistralConfig, sliding_window=window), tiny_tokenizer()
     prompts = [f"Given the tables, answer: {rest}" for rest in ("one?", "How many farms?", "SELECT " * 9)]
     generate, given = model.generate, []
     monkeypatch.setattr(model, "generate", lambda **named: given.append(named) or generate(**named))
@@ -260,16 +258,7 @@ def test_a_base_on_a_cpu_has_grouped_attention(base):
 
 
 def test_grouped_attention_is_that_of_transformers_without_its_copies(monkeypatch):
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = grouped(LlamaConfig)
     ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0

@@ -160,8 +160,10 @@ class GoldQuery:
             QueryError: gold returns no result, or the database cannot be made.
         """
         answer, own, others, is_lucky = self._run(database, timeout_seconds)
-        if is_lucky or self._is_settled:
-            return None if is_lucky else answer
+        if is_lucky:
+            return None
+        if self._is_settled:
+            return answer
         turned = MadeDatabase(database.context, {t: rows[::-1] for t, rows in database.rows.items()})
         (other,) = run_queries(turned, [self.text], timeout_seconds=timeout_seconds)
         return _settled(answer, own, [*others, *_results_but(answer, [other])])

@@ -556,14 +556,17 @@ def _keys_and_values(model: PreTrainedModel, prefix: list[int], *, up_to: int) -
     ends before `up_to` tokens.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not prefix or "position_ids" not in inspect.signature(whole.forward).parameters:
+    taken = inspect.signature(whole.forward).parameters
+    if not prefix or not {"position_ids", "past_key_values"} <= taken.keys():
         return None
-    cache = model(torch.tensor([prefix], device=model.device), use_cache=True).past_key_values
-    is_plain = isinstance(cache, DynamicCache) and all(
+    cache = DynamicCache(config=whole.config)
+    if not all(
         isinstance(layer, DynamicLayer) and getattr(layer, "sliding_window", up_to) >= up_to
         for layer in cache.layers
-    )
-    return cache if is_plain else None
+    ):
+        return None
+    model(torch.tensor([prefix], device=model.device), past_key_values=cache)
+    return cache
 
 
 def _answer(tokenizer: PreTrainedTokenizerFast, new_tokens: list[int]) -> Generated:
