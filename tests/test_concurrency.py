@@ -6,9 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 import mlflow
 import pandas
 import pytest
+from mlflow.tracking._model_registry.client import ModelRegistryClient
 
 from steps import register
-from steps.text2sql import assessments, model_versions, project_source, retries, run_log
+from steps.text2sql import (
+    assessments,
+    model_versions,
+    project_source,
+    prompt_registry,
+    retries,
+    run_log,
+)
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import RegisterParams
 from tests.conftest import QUICK, Forked, plain_rows, run_main, tracking_at, write_jsonl
@@ -90,6 +98,31 @@ def test_two_that_set_an_alias_for_the_first_time_both_succeed(store, monkeypatc
     assert str(newest.version) == calls[1]
 
 
+def test_two_that_publish_a_prompt_for_the_first_time_share_its_version(store, monkeypatch):
+    create, calls = ModelRegistryClient.create_registered_model, []
+
+    def taken_before(*given, **named):
+        calls.append(create(*given, **named))
+        assert published() == "prompts:/text2sql-prompt/1"
+        return create(*given, **named)
+
+    def published():
+        with mlflow.start_run(nested=True) as run:
+            model_id = mlflow.initialize_logged_model(name="model").model_id
+            return prompt_registry.publish(
+                "{context} {question}",
+                style="plain",
+                model_name="text2sql",
+                model_id=model_id,
+                run_id=run.info.run_id,
+            )
+
+    monkeypatch.setattr(ModelRegistryClient, "create_registered_model", taken_before)
+    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
+    assert published() == "prompts:/text2sql-prompt/1"
+    assert len(calls) == 1
+
+
 def test_two_that_log_a_dataset_for_the_first_time_both_succeed(store, monkeypatch):
     log_input, calls = mlflow.log_input, []
 
@@ -148,7 +181,9 @@ def test_two_pipelines_at_once_both_finish_with_a_version_each(
         with Forked(lambda: run_main(**values)) as one, Forked(lambda: run_main(**values)) as other:
             with ThreadPoolExecutor() as pool:
                 printed = list(pool.map(lambda process: process.stdout.read(), (one, other)))
-            assert [process.wait(60) for process in (one, other)] == [0, 0], "\n".join(printed)
+            codes = [process.wait(60) for process in (one, other)]
+        failed = [text[-3000:] for text, code in zip(printed, codes, strict=True) if code]
+        assert not failed, "\n".join(failed)
         runs = mlflow.search_runs(output_format="list")
         assert {run.info.status for run in runs} == {"FINISHED"}
         assert len(runs) == 12

@@ -8,6 +8,7 @@ from mlflow.entities.model_registry import PromptVersion
 from mlflow.exceptions import MlflowException
 
 from steps.text2sql.errors import UserError
+from steps.text2sql.retries import tried_again
 
 
 def registry_text(template: str) -> str:
@@ -30,12 +31,11 @@ def publish(template: str, *, style: str, model_name: str, model_id: str, run_id
     Raises:
         UserError: the name is taken by a model.
     """
-    name = prompt_name(model_name)
+    name, text = prompt_name(model_name), registry_text(template)
     client = mlflow.MlflowClient()
     try:
-        prompt = _find(name, registry_text(template)) or mlflow.genai.register_prompt(
-            name, registry_text(template), commit_message=f"prompt_style={style}", tags={"style": style}
-        )
+        # Two that publish the first version collide; the later one finds it when it looks again.
+        prompt = tried_again(lambda: _find(name, text) or _register(name, text, style))
     except MlflowException as error:
         raise UserError(
             f"registered_model_name={model_name}: its prompt cannot be registered as {name}: {error.message}"
@@ -43,6 +43,12 @@ def publish(template: str, *, style: str, model_name: str, model_id: str, run_id
     client.link_prompt_version_to_model(name, str(prompt.version), model_id)
     client.link_prompt_version_to_run(run_id, prompt)
     return prompt.uri
+
+
+def _register(name: str, text: str, style: str) -> PromptVersion:
+    return mlflow.genai.register_prompt(
+        name, text, commit_message=f"prompt_style={style}", tags={"style": style}
+    )
 
 
 def _find(name: str, text: str) -> PromptVersion | None:

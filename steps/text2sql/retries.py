@@ -9,8 +9,11 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 TRIES = 10
-# What databases say of a row that is there by now; MLflow, after three tries of its own; SQLite, of a lock.
-COLLISION = re.compile(r"unique constraint|duplicate|giving up after|database is locked", re.IGNORECASE)
+# What databases say of a row that is there by now; MLflow of a name, and after three tries of its own;
+# SQLite of a lock.
+COLLISION = re.compile(
+    r"unique constraint|duplicate|already exists|giving up after|database is locked", re.IGNORECASE
+)
 
 
 def tried_again(call: Callable[[], Any]) -> Any:
