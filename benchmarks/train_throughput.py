@@ -21,6 +21,8 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -180,9 +183,18 @@ def train_trl(folder: Path, batch_size: int, steps: int, clock: Clock) -> None:
         train_dataset=datasets.Dataset.from_list(
             [{"input_ids": row["input_ids"]} for row in rows(batch_size * steps)]
         ),
+        processing_class=bare_tokenizer(),
         peft_config=LoraConfig(**LORA, target_modules=LINEAR),
         callbacks=[clock],
     ).train()
+
+
+def bare_tokenizer() -> PreTrainedTokenizerFast:
+    """What a trainer asks of a tokenizer where rows are token ids already: the special ones."""
+    special = Tokenizer(WordLevel({"<unk>": 0, "<s>": BOS, "</s>": EOS}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=special, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
 
 
 def train_project(
