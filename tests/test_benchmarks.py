@@ -8,9 +8,10 @@ import sys
 import pandas
 import pytest
 
-from benchmarks import evaluate_throughput, loss_curve, recipe, train_throughput
+from benchmarks import evaluate_throughput, loss_curve, package, recipe, train_throughput
 from steps.text2sql import sample_data, splits
 from steps.text2sql.sql_model import load_base, load_base_tokenizer
+from tests.conftest import tracking_at
 
 
 @pytest.fixture
@@ -32,6 +33,14 @@ def test_a_training_throughput_is_of_the_projects_own_training(tiny_base, tiny_d
         load_base(str(tiny_base), "nf4"), tiny_data, batch_size=2, steps=3, compiled=False, callbacks=[clock]
     )
     assert "micro-batch a step" in plan
+    assert clock.seconds > 0
+
+
+def test_trls_trainer_runs_where_it_is_installed(tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed; pip install trl")
+    folder = train_throughput.make_weights("tiny", tmp_path)
+    clock = train_throughput.Clock(steps=1, warm_up=1)
+    train_throughput.train_trl(folder, 2, 2, clock)
     assert clock.seconds > 0
 
 
@@ -103,3 +112,22 @@ def test_an_interval_is_students():
     half_width = 4.303 * statistics.stdev(values) / 3**0.5  # t of 2 degrees of freedom
     assert recipe.interval(values) == f"60.0% ± {100 * half_width:.1f}"
     assert recipe.interval([0.5]) == "50.0%"
+
+
+def test_a_package_gives_the_answers_of_the_model_that_was_trained(
+    tiny_base, recipe_rows, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(recipe, "EMBEDDED_BASE", str(tiny_base))
+    monkeypatch.setattr(package, "EMBEDDED_BASE", str(tiny_base))
+    monkeypatch.setattr(recipe, "MAX_NEW_TOKENS", 8)
+    files = ["--rows", str(recipe_rows), "--validation", str(recipe_rows)]
+    monkeypatch.setattr(sys, "argv", ["package", *files, "--steps", "20", "--answers", "6"])
+    with tracking_at(f"sqlite:///{tmp_path}/unused.db"):
+        package.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "| package | 0.0% | 6 of 6 |"
+
+
+def test_answers_of_a_package_that_differ_are_counted():
+    rows = pandas.DataFrame({"context": ["CREATE TABLE t (a TEXT)"] * 2, "answer": ["SELECT a FROM t"] * 2})
+    *_, served = package.table(rows, ["SELECT a FROM t"] * 2, ["SELECT a FROM t", "SELECT 1"])
+    assert served == ("package", "50.0%", "1 of 2")
