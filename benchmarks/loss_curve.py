@@ -2,7 +2,8 @@
 
 Plain: transformers' own Trainer and loss on rows padded side by side; no packs, no recorded launches, nothing
 compiled. On a GPU all compute in bf16 under autocast, so that single steps differ by rounding; there the
-plain training runs twice, since sums in any order take it away from itself, too.
+plain training runs twice more, as it is and with the rows of a step in halves: so far do sums in another
+order take it away from itself.
 
     python -m benchmarks.loss_curve [--steps 200] [--rows train.jsonl] [--learning-rate 0.001] [--compiled]
 """
@@ -59,9 +60,14 @@ def prepared_rows(tokenizer: PreTrainedTokenizerFast, file: Path | None) -> data
 
 
 def plain(
-    tokenizer: PreTrainedTokenizerFast, data: datasets.DatasetDict, *, steps: int, learning_rate: float
+    tokenizer: PreTrainedTokenizerFast,
+    data: datasets.DatasetDict,
+    *,
+    steps: int,
+    learning_rate: float,
+    parts: int = 1,
 ) -> list[float]:
-    """Losses of transformers' Trainer as it is."""
+    """Losses of transformers' Trainer as it is, the rows of a step in so many parts."""
     transformers.set_seed(SEED)
     losses = Losses()
     settings = training.arguments(
@@ -74,6 +80,8 @@ def plain(
         disable_tqdm=True,
     )
     settings.eval_strategy = "no"
+    settings.per_device_train_batch_size = BATCH_SIZE // parts
+    settings.gradient_accumulation_steps = parts
     trainer = Trainer(
         model=adapter.attach(load_base(EMBEDDED_BASE, "nf4"), project_lora()),
         args=settings,
@@ -122,6 +130,7 @@ def main() -> None:
     }
     if pick_device()[0] == "cuda":
         curves["plain again"] = plain(tokenizer, data, **how)
+        curves["plain, in halves"] = plain(tokenizer, data, **how, parts=2)
     table = pandas.DataFrame(curves, index=range(1, given.steps + 1))
     smoothed = table.rolling(min(SMOOTHED_STEPS, given.steps)).mean().dropna()
     apart = smoothed.drop(columns="plain").div(smoothed["plain"], axis=0).sub(1).abs()

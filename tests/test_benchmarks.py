@@ -24,6 +24,9 @@ def test_the_packed_training_has_the_losses_of_a_plain_trainer(tiny_base, tiny_d
     how = {"steps": 4, "learning_rate": 1e-3}
     plain = loss_curve.plain(load_base_tokenizer(str(tiny_base)), tiny_data, **how)
     assert plain == pytest.approx(loss_curve.project(tiny_data, **how, compiled=False), rel=1e-4)
+    assert plain == pytest.approx(
+        loss_curve.plain(load_base_tokenizer(str(tiny_base)), tiny_data, **how, parts=2), rel=1e-4
+    )
     assert len(set(plain)) == 4
 
 

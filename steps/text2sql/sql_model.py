@@ -1,7 +1,9 @@
 """The served file: prompt, base model, generation and the MLflow model of text-to-SQL.
 
 MLflow copies this one file into every logged model and runs it there, so it imports nothing of the project.
-Training and evaluation import the prompt, the base and the generation from here: what is trained is served.
+It is one file for the same reason: two versions in one process each run their own code, where modules beside
+it would be shared, those of the version that was loaded first. Training and evaluation import the prompt,
+the base and the generation from here: what is trained is served.
 
 It does not run any SQL, and no code from a model repository.
 """
