@@ -24,7 +24,7 @@ def settings_after(statement, **variables):
 
 @pytest.mark.parametrize("package", ["steps", "benchmarks"])
 def test_threads_wait_in_a_short_loop(package):
-    assert "GOMP_SPINCOUNT = '2000'" in settings_after(f"import {package}; import torch")
+    assert "GOMP_SPINCOUNT = '4000'" in settings_after(f"import {package}; import torch")
 
 
 def test_a_policy_of_the_users_stays():
