@@ -7,7 +7,7 @@ import os
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Threads of OpenMP wait for each other in a loop, 300,000 turns by GNU's default. Where they do not have the
-# cores to themselves, that loop takes the time that the others need: on two cores, answers took 1.25 times as
+# cores to themselves, that loop takes the time that the others need: on two cores, answers took 1.2 times as
 # long as with this limit beside one busy process, and 2 to 3 times beside a second pipeline. With shorter
 # loops training on idle cores gets slower. It counts where torch is loaded after this.
 if "OMP_WAIT_POLICY" not in os.environ:
