@@ -73,15 +73,14 @@ def plain(
     settings = training.arguments(
         tempfile.mkdtemp(),
         steps=steps,
-        batch_size=BATCH_SIZE,
+        batch_size=BATCH_SIZE // parts,
+        gradient_accumulation_steps=parts,
         recompute=False,
         learning_rate=learning_rate,
         logging_steps=1,
         disable_tqdm=True,
     )
     settings.eval_strategy = "no"
-    settings.per_device_train_batch_size = BATCH_SIZE // parts
-    settings.gradient_accumulation_steps = parts
     trainer = Trainer(
         model=adapter.attach(load_base(EMBEDDED_BASE, "nf4"), project_lora()),
         args=settings,

@@ -9,30 +9,23 @@ same rows:
 
 import argparse
 import dataclasses
+import statistics
 import tempfile
 from pathlib import Path
 
-import datasets
 import mlflow
 import pandas
 from peft import PeftModel
 
 from benchmarks import recipe
 from benchmarks.markdown import Table, print_table
-from steps.text2sql import adapter, packaging
+from steps.text2sql import adapter, packaging, scoring
 from steps.text2sql.device import describe_device
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
-from steps.text2sql.sql_model import EMBEDDED_BASE, PROMPT_TEMPLATE, load_base_tokenizer, repair_sql
+from steps.text2sql.sql_model import EMBEDDED_BASE, PROMPT_TEMPLATE, load_base_tokenizer
 
 SEED = 0
-QUANTIZATION = recipe.Recipe().quantization
-
-
-def trained(rows: pandas.DataFrame, *, steps: int) -> PeftModel:
-    """The model after training by the default recipe."""
-    encoded = recipe.tokenized(rows, load_base_tokenizer(EMBEDDED_BASE), recipe.Recipe())
-    data = datasets.DatasetDict(train=encoded, validation=encoded.select([]))
-    return recipe.train(recipe.Recipe(), data, steps=steps, seed=SEED)
+DEFAULTS = recipe.Recipe()
 
 
 def describe(steps: int) -> AdapterManifest:
@@ -42,7 +35,7 @@ def describe(steps: int) -> AdapterManifest:
         "prompt_template": PROMPT_TEMPLATE,
         "prompt_style": "plain",
     }
-    return AdapterManifest(QUANTIZATION, steps, steps, of_dataset)
+    return AdapterManifest(DEFAULTS.quantization, steps, steps, of_dataset)
 
 
 def packaged(model: PeftModel, *, steps: int) -> mlflow.pyfunc.PyFuncModel:
@@ -50,9 +43,10 @@ def packaged(model: PeftModel, *, steps: int) -> mlflow.pyfunc.PyFuncModel:
     folder = Path(tempfile.mkdtemp())
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     experiment = mlflow.create_experiment("package", artifact_location=(folder / "artifacts").as_uri())
-    adapter.save(model, load_base_tokenizer(EMBEDDED_BASE), describe(steps), folder / "adapter")
+    described = describe(steps)
+    adapter.save(model, load_base_tokenizer(EMBEDDED_BASE), described, folder / "adapter")
     with mlflow.start_run(experiment_id=experiment):
-        logged = packaging.log_model(folder / "adapter", describe(steps), name="model", card="")
+        logged = packaging.log_model(folder / "adapter", described, name="model", card="")
     return mlflow.pyfunc.load_model(logged.model_uri)
 
 
@@ -61,8 +55,8 @@ def table(rows: pandas.DataFrame, in_memory: list[str], served: list[str]) -> Ta
     same = sum(one == other for one, other in zip(in_memory, served, strict=True))
     yield "answers", "exact match", "same SQL"
     for name, found in {"trained model": in_memory, "package": served}.items():
-        score = recipe.score(rows, {"generated": found, "stopped": [True] * len(found)})
-        yield name, f"{score['exact match']:.1%}", "" if found is in_memory else f"{same} of {len(rows)}"
+        right = statistics.mean(map(scoring.exact_match, rows["answer"], found))
+        yield name, f"{right:.1%}", "" if found is in_memory else f"{same} of {len(rows)}"
 
 
 def main() -> None:
@@ -73,12 +67,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--answers", type=int, default=200, help="rows of --validation to answer")
     given = parser.parse_args()
-    model = trained(pandas.read_json(given.rows, lines=True), steps=given.steps)
+    data = recipe.prepared(pandas.read_json(given.rows, lines=True), DEFAULTS)
+    model = recipe.train(DEFAULTS, data, steps=given.steps, seed=SEED)
     rows = pandas.read_json(given.validation, lines=True).head(given.answers)
     answered = recipe.answers(model, load_base_tokenizer(EMBEDDED_BASE), {"rows": rows})["rows"]
-    in_memory = [
-        repair_sql(sql, context) for sql, context in zip(answered["generated"], rows["context"], strict=True)
-    ]
+    in_memory = recipe.repaired(answered["generated"], rows)
     served = packaged(model, steps=given.steps).predict(
         rows[["question", "context"]], params={"max_new_tokens": recipe.MAX_NEW_TOKENS}
     )

@@ -169,6 +169,12 @@ def tokenized(rows: pandas.DataFrame, tokenizer: PreTrainedTokenizerFast, recipe
     return encoded.map(lambda row: {"labels": row["input_ids"][: len(row["input_ids"]) - len(last)] + last})
 
 
+def prepared(rows: pandas.DataFrame, recipe: Recipe) -> datasets.DatasetDict:
+    """Rows to train on as training takes them, without validation."""
+    encoded = tokenized(rows, load_base_tokenizer(EMBEDDED_BASE), recipe)
+    return datasets.DatasetDict(train=encoded, validation=encoded.select([]))
+
+
 class Balanced(trainer.Shuffled):
     """Each step has one row of every eighth of the lengths."""
 
@@ -354,8 +360,7 @@ def measure(given: argparse.Namespace, out: TextIO) -> None:
     part, parts = map(int, given.part.split("/"))
     for seed, name in [(seed, name) for seed in given.seeds for name in given.recipes][part::parts]:
         recipe = recipe_of(name)
-        encoded = tokenized(to_train, tokenizer, recipe)
-        data = datasets.DatasetDict(train=encoded, validation=encoded.select([]))
+        data = prepared(to_train, recipe)
         start = time.monotonic()
         model = train(recipe, data, steps=given.steps, seed=seed)
         line = {"recipe": name, "steps": given.steps, "seed": seed, "device": describe_device()}
@@ -378,7 +383,7 @@ def score(rows: pandas.DataFrame, answered: Mapping[str, list[Any]], databases: 
     With a folder of `databases`, also by execution on the real database of each row.
     """
     generated = answered["generated"]
-    served = [repair_sql(sql, context) for sql, context in zip(generated, rows["context"], strict=True)]
+    served = repaired(generated, rows)
     found = {
         "exact match": list(map(scoring.exact_match, rows["answer"], served)),
         "unrepaired": list(map(scoring.exact_match, rows["answer"], generated)),
@@ -391,6 +396,11 @@ def score(rows: pandas.DataFrame, answered: Mapping[str, list[Any]], databases: 
             for row, sql in zip(rows.itertuples(), served, strict=True)
         ]
     return {name: statistics.mean(values) for name, values in found.items()}
+
+
+def repaired(generated: Sequence[str], rows: pandas.DataFrame) -> list[str]:
+    """Answers to rows, as they are served."""
+    return [repair_sql(sql, context) for sql, context in zip(generated, rows["context"], strict=True)]
 
 
 def is_valid(context: str, query: str) -> bool:

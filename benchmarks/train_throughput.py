@@ -36,6 +36,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.markdown import Table, print_table
 from steps.text2sql import adapter, memory_plan, training, training_speed
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import operations_per_second
@@ -331,13 +332,12 @@ def measure_in_process(given: argparse.Namespace, recipe: str, batch_size: int) 
     return json.loads(lines[-1])
 
 
-def table(found: list[dict[str, Any]], operations: float, frozen: int) -> str:
-    """Medians over the rounds as Markdown, with the ratio to the tutorial's recipe and its range."""
-    lines = [
-        "| recipe | rows a step | rows/s | to tutorial | s/step | GPU works, s | share of product rate "
-        "| peak GiB | start, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def table(found: list[dict[str, Any]], operations: float, frozen: int) -> Table:
+    """Medians over the rounds, with the ratio to the tutorial's recipe and its range."""
+    yield (
+        *("recipe", "rows a step", "rows/s", "to tutorial", "s/step", "GPU works, s"),
+        *("share of product rate", "peak GiB", "start, s"),
+    )
     for key in dict.fromkeys((one["recipe"], one["rows"]) for one in found):
         same = [one for one in found if (one["recipe"], one["rows"]) == key]
         yardstick = [one for one in found if (one["recipe"], one["rows"]) == ("tutorial", key[1])]
@@ -347,16 +347,17 @@ def table(found: list[dict[str, Any]], operations: float, frozen: int) -> str:
             if isinstance(same[0][name], float)
         }
         ratios = [a["rows_per_second"] / b["rows_per_second"] for a, b in zip(same, yardstick, strict=False)]
-        ratio = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else ""
         share = median["tokens_per_second"] * training_speed.operations_per_token(frozen) / operations
-        busy = f"{median['busy_seconds_per_step']:.3f}" if "busy_seconds_per_step" in median else ""
-        peak = f"{median['peak_gib']:.1f}" if "peak_gib" in median else ""
-        lines.append(
-            f"| {key[0]} | {key[1]} | {median['rows_per_second']:.1f} | {ratio} "
-            f"| {median['seconds_per_step']:.3f} | {busy} | {share:.0%} | {peak} "
-            f"| {median['start_seconds']:.1f} |"
+        yield (
+            *key,
+            f"{median['rows_per_second']:.1f}",
+            f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else "",
+            f"{median['seconds_per_step']:.3f}",
+            f"{median['busy_seconds_per_step']:.3f}" if "busy_seconds_per_step" in median else "",
+            f"{share:.0%}",
+            f"{median['peak_gib']:.1f}" if "peak_gib" in median else "",
+            f"{median['start_seconds']:.1f}",
         )
-    return "\n".join(lines)
 
 
 def versions() -> str:
@@ -399,7 +400,7 @@ def main() -> None:
     )
     print(f"{given.architecture}, random weights, {name}, product rate {operations / 1e12:.3g} TFLOP/s")
     print(f"{versions()}\n")
-    print(table([one for one in found if one], operations, frozen))
+    print_table(table([one for one in found if one], operations, frozen))
 
 
 if __name__ == "__main__":

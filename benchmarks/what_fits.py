@@ -8,6 +8,7 @@ nf4, LoRA r=32 on all linear layers, 8 rows a step of 130 tokens in the mean, th
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
+from benchmarks.markdown import print_table
 from benchmarks.train_throughput import project_lora
 from steps.text2sql import adapter, base_model, memory_plan
 from steps.text2sql.errors import UserError
@@ -81,10 +82,9 @@ def smallest_cards(config: PreTrainedConfig) -> list[int | None]:
 
 def main() -> None:
     """Print the table."""
-    print("| base | " + " | ".join(f"GiB, {way}" for way in WAYS) + " |")
-    print("| --- |" + " --- |" * len(WAYS))
-    for name, config in BASES.items():
-        print(f"| {name} | " + " | ".join(str(card or "-") for card in smallest_cards(config)) + " |")
+    head = ("base", *(f"GiB, {way}" for way in WAYS))
+    cards = ((name, *(card or "-" for card in smallest_cards(config))) for name, config in BASES.items())
+    print_table([head, *cards])
 
 
 if __name__ == "__main__":

@@ -42,6 +42,21 @@ def register_at_once(source, described):
         return list(pool.map(one, range(AT_ONCE)))
 
 
+def collides_once(monkeypatch, owner, name):
+    """Let the first call of a method fail as if another had been first; the calls come back."""
+    call, calls = getattr(owner, name), []
+
+    def collide(*given, **named):
+        calls.append(given)
+        if len(calls) == 1:
+            raise mlflow.MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
+        return call(*given, **named)
+
+    monkeypatch.setattr(owner, name, collide)
+    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
+    return calls
+
+
 @pytest.fixture(params=["sqlite", "server"])
 def shared_store(request, new_store):
     """A store of its own that several use."""
@@ -82,20 +97,11 @@ def test_a_registration_that_never_gets_a_number_is_an_error(store, monkeypatch)
 def test_two_that_set_an_alias_for_the_first_time_both_succeed(store, monkeypatch):
     mlflow.MlflowClient().create_registered_model("text2sql")
     mlflow.MlflowClient().create_model_version("text2sql", "/a")
-    set_alias, calls = mlflow.MlflowClient.set_registered_model_alias, []
-
-    def collide(client, name, alias, version):
-        calls.append(version)
-        if len(calls) == 1:
-            raise mlflow.MlflowException("UNIQUE constraint failed")
-        set_alias(client, name, alias, version)
-
-    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", collide)
-    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
+    calls = collides_once(monkeypatch, mlflow.MlflowClient, "set_registered_model_alias")
     model_versions.point_to_newest("text2sql", "newest")
     assert len(calls) == 2
     newest = mlflow.MlflowClient().get_model_version_by_alias("text2sql", "newest")
-    assert str(newest.version) == calls[1]
+    assert str(newest.version) == calls[1][-1]
 
 
 def test_two_that_publish_a_prompt_for_the_first_time_share_its_version(store, monkeypatch):
@@ -124,16 +130,7 @@ def test_two_that_publish_a_prompt_for_the_first_time_share_its_version(store, m
 
 
 def test_two_that_log_a_dataset_for_the_first_time_both_succeed(store, monkeypatch):
-    log_input, calls = mlflow.log_input, []
-
-    def collide(*given, **named):
-        calls.append(given)
-        if len(calls) == 1:
-            raise mlflow.MlflowException("UNIQUE constraint failed: datasets.name")
-        log_input(*given, **named)
-
-    monkeypatch.setattr(mlflow, "log_input", collide)
-    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
+    calls = collides_once(monkeypatch, mlflow, "log_input")
     with mlflow.start_run() as run:
         run_log.log_input(mlflow.data.from_pandas(pandas.DataFrame({"a": [1]}), name="rows"), "training")
     [found] = mlflow.get_run(run.info.run_id).inputs.dataset_inputs
@@ -141,16 +138,7 @@ def test_two_that_log_a_dataset_for_the_first_time_both_succeed(store, monkeypat
 
 
 def test_two_that_assess_the_same_rows_for_the_first_time_both_succeed(store, monkeypatch):
-    log_inputs, calls = mlflow.MlflowClient.log_inputs, []
-
-    def collide(*given, **named):
-        calls.append(given)
-        if len(calls) == 1:
-            raise mlflow.MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name")
-        log_inputs(*given, **named)
-
-    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", collide)
-    monkeypatch.setattr(retries.random, "uniform", lambda *_: 0)
+    calls = collides_once(monkeypatch, mlflow.MlflowClient, "log_inputs")
     texts = {"question": "q", "context": "c", "gold": "SELECT 1", "prediction": "SELECT 1", "detail": ""}
     with mlflow.start_run() as run:
         assessments.log(pandas.DataFrame([texts | dict.fromkeys(assessments.VERDICTS, True)]), model_id=None)
