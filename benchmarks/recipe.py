@@ -11,6 +11,9 @@ from --rows by table group and is what recipes are chosen on; --validation and -
         --table found.jsonl --databases spider_dev/db
 
 A line of --out is one training and its answers. --part 0/4 does every fourth, for processes side by side.
+--quick leaves out generating, which takes most of the time, and only reads gold answers: `likeliest` is the
+share of rows whose every answer token is the likeliest after those before it, which is exact match of greedy
+answers to the letter.
 """
 
 import argparse
@@ -60,6 +63,7 @@ from steps.text2sql.sql_model import (
 CHOICE_ROWS = 2000
 BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 8, 512, 96
 ROWS_AT_ONCE = {"cuda": 4000, "cpu": 32}
+ROWS_READ_AT_ONCE = {"cuda": 64, "cpu": 16}
 NEVER = 10**9
 QUERY_SECONDS = 5.0
 Scores = dict[str, float]
@@ -105,8 +109,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "clip 0.3": {"settings": {"max_grad_norm": 0.3}},
     "no clipping": {"settings": {"max_grad_norm": 0.0}},
     "beta2 0.99": {"settings": {"adam_beta2": 0.99}},
-    "LoRA+ 4": {"loraplus_ratio": 4.0},
-    "LoRA+ 16": {"loraplus_ratio": 16.0},
+    **{f"LoRA+ {ratio:g}": {"loraplus_ratio": ratio} for ratio in (2.0, 4.0, 8.0, 16.0)},
     "rsLoRA": {"lora": {"use_rslora": True}},
     "DoRA": {"lora": {"use_dora": True}},
     "PiSSA": {"start": "pissa"},
@@ -117,6 +120,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "balanced lengths": {"balanced_lengths": True},
     "joins 3 times": {"join_repeats": 3},
     "mean of last 20 %": {"averaged_share": 0.2},
+    "mean of last 40 %": {"averaged_share": 0.4},
     "not quantized": {"quantization": "none"},
     "loss on prompts too": {"learns": "all"},
     "tutorial": {
@@ -341,6 +345,38 @@ def answers(
     }
 
 
+def is_likeliest(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether each row's labels, (rows, tokens), are all the likeliest by `logits`, (rows, tokens, words)."""
+    found, wanted = logits[:, :-1].argmax(dim=-1), labels[:, 1:]
+    return ((found == wanted) | (wanted == tokenization.IGNORED)).all(dim=1)
+
+
+def likeliest(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, sets: dict[str, pandas.DataFrame]
+) -> Scores:
+    """Share of each set's rows whose gold answer, with its end, is the likeliest one token by token."""
+    device, dtype = pick_device()
+    settings = transformers.TrainingArguments(
+        tempfile.mkdtemp(),
+        per_device_eval_batch_size=ROWS_READ_AT_ONCE[device],
+        use_cpu=device == "cpu",
+        bf16=dtype == torch.bfloat16,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    reader = transformers.Trainer(
+        model,
+        settings,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        preprocess_logits_for_metrics=is_likeliest,
+    )
+    found = {name: tokenized(rows, tokenizer, Recipe()) for name, rows in sets.items()}
+    return {
+        name: float(reader.predict(rows.select_columns(["input_ids", "labels"])).predictions.mean())
+        for name, rows in found.items()
+    }
+
+
 def read_rows(given: argparse.Namespace) -> tuple[pandas.DataFrame, dict[str, pandas.DataFrame]]:
     """Rows to train on, and the sets to answer."""
     rows = pandas.read_json(given.rows, lines=True)
@@ -364,7 +400,9 @@ def measure(given: argparse.Namespace, out: TextIO) -> None:
         start = time.monotonic()
         model = train(recipe, data, steps=given.steps, seed=seed)
         line = {"recipe": name, "steps": given.steps, "seed": seed, "device": describe_device()}
-        line |= {"train_seconds": time.monotonic() - start, "sets": answers(model, tokenizer, sets)}
+        line |= {"train_seconds": time.monotonic() - start}
+        line |= {"likeliest": likeliest(model, tokenizer, sets)}
+        line |= {"sets": {} if given.quick else answers(model, tokenizer, sets)}
         out.write(json.dumps(line) + "\n")
         out.flush()
         exact = {key: score(sets[key], found)["exact match"] for key, found in line["sets"].items()}
@@ -422,7 +460,8 @@ def table(given: argparse.Namespace) -> Table:
     _, sets = read_rows(given)
     found: dict[tuple[int, str], list[Scores]] = {}
     for line in map(json.loads, given.table.read_text(encoding="utf-8").splitlines()):
-        scores = {
+        scores = {f"{name}, likeliest": share for name, share in line.get("likeliest", {}).items()}
+        scores |= {
             f"{name}, {metric}": value
             for name, answered in line["sets"].items()
             if name in sets
@@ -457,6 +496,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help=recipe_of.__doc__)
+    parser.add_argument("--quick", action="store_true", help="generate no answers")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--out", type=Path, default=Path("recipes.jsonl"))
     parser.add_argument("--table", type=Path, help="print the scores of an --out, train nothing")

@@ -7,9 +7,10 @@ import sys
 
 import pandas
 import pytest
+import torch
 
 from benchmarks import evaluate_throughput, loss_curve, package, recipe, train_throughput
-from steps.text2sql import sample_data, splits
+from steps.text2sql import sample_data, splits, tokenization
 from steps.text2sql.sql_model import load_base, load_base_tokenizer
 from tests.conftest import tracking_at
 
@@ -99,6 +100,33 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
     head, _, *found = capsys.readouterr().out.splitlines()
     assert "choice, exact match" in head
     assert [row.split(" | ")[0] for row in found] == [f"| {name}" for name in names]
+
+
+def test_a_quick_measurement_reads_right_answers_instead_of_generating(
+    tiny_base, recipe_rows, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(recipe, "EMBEDDED_BASE", str(tiny_base))
+    monkeypatch.setattr(recipe, "CHOICE_ROWS", 40)
+    monkeypatch.setattr(recipe, "generate", None)
+    monkeypatch.setattr(recipe, "is_likeliest", lambda logits, labels: labels[:, 0] == tokenization.IGNORED)
+    out = tmp_path / "found.jsonl"
+    given = ["recipe", "--rows", str(recipe_rows), "--steps", "2", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*given, "--recipes", "defaults", "--quick", "--out", str(out)])
+    recipe.main()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*given, "--table", str(out)])
+    recipe.main()
+    head, _, row = capsys.readouterr().out.splitlines()
+    assert head == "| recipe | steps | seeds | choice, likeliest |"
+    assert row == "| defaults | 2 | 1 | 100.0% |"
+
+
+def test_an_answer_is_likeliest_where_each_of_its_tokens_is():
+    ignored = tokenization.IGNORED
+    labels = torch.tensor([[ignored, ignored, 2, 1], [ignored, 2, 1, ignored], [ignored, 1, 2, ignored]])
+    ahead = torch.tensor([[0, 2, 1, 0], [2, 0, 0, 0], [1, 2, 0, 0]])
+    logits = torch.nn.functional.one_hot(ahead, 3).float()
+    assert recipe.is_likeliest(logits, labels).tolist() == [True, False, True]
 
 
 def test_a_score_counts_answers_as_served_and_as_generated():
