@@ -50,7 +50,6 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     answering, rows = model(), test_rows(count)
     budget = evaluation.token_budget(answering.tokenizer, rows["answer"])
-    evaluation.dequantize(answering, free=free_memory_bytes())
     found = evaluation.find_batch_size(answering, rows, max_new_tokens=budget, free=free_memory_bytes())
     first = torch.ones(1, 8, dtype=torch.long, device=answering.model.device)
     answering.model.generate(first, max_new_tokens=2)  # the first one is slow

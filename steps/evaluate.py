@@ -76,7 +76,6 @@ def gather(params: EvaluateParams, trained_on: DatasetManifest, folder: Path) ->
 def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int | Auto) -> dict[str, list]:
     """Answers of the tuned model and of its base, with the same budget of new tokens."""
     budget = evaluation.token_budget(model.tokenizer, rows["answer"])
-    evaluation.dequantize(model, free=free_memory_bytes())
     if batch_size == "auto":
         batch_size = evaluation.find_batch_size(model, rows, max_new_tokens=budget, free=free_memory_bytes())
         run_log.log_choices(eval_batch_size=f"{batch_size} rows (auto: by free memory)")

@@ -12,9 +12,8 @@ import torch
 from mlflow.artifacts import download_artifacts, load_dict, load_text
 from transformers import LlamaConfig
 
-from steps.text2sql import adapter, evaluation, manifest, memory_plan, packaging, sql_model
+from steps.text2sql import evaluation, manifest, packaging, sql_model
 from steps.text2sql.manifest import DatasetManifest
-from steps.text2sql.sql_model import SQLModel
 from tests.conftest import call_step, failure, plain_rows, tracking_at, write_jsonl
 
 NAMES = ("execution_accuracy", "exact_match", "valid_sql")
@@ -137,37 +136,6 @@ def test_a_batch_has_at_least_one_row_and_is_bounded(chain, free, expected):
     model = packaging.load(Path(download_artifacts("models:/text2sql/1")), source="")
     rows = pandas.DataFrame(plain_rows(3))
     assert evaluation.find_batch_size(model, rows, max_new_tokens=8, free=free) == expected
-
-
-@pytest.fixture
-def served(tiny_base):
-    model = SQLModel()
-    model.prompt_template, model.prompt_style = sql_model.PROMPT_TEMPLATE, "plain"
-    model.tokenizer = sql_model.load_base_tokenizer(str(tiny_base))
-    model.model = adapter.attach(
-        sql_model.load_base(str(tiny_base), "nf4"),
-        adapter.lora_config(r=2, alpha=4, dropout=0.0, target_modules="all-linear"),
-    ).eval()
-    return model
-
-
-def test_weights_are_dequantized_on_a_gpu_that_has_the_memory(served, monkeypatch):
-    monkeypatch.setattr(evaluation, "pick_device", lambda: ("cuda", torch.float32))
-    rows = pandas.DataFrame(plain_rows(3))
-    settings = {"adapter": True, "max_new_tokens": 8, "batch_size": 3}
-    needed = memory_plan.four_bit_parameters(served.model) * torch.float32.itemsize
-    assert needed > 0
-    assert not evaluation.dequantize(served, free=2 * needed - 2)
-    before = evaluation.answer(served, rows, **settings)
-    assert evaluation.dequantize(served, free=2 * needed)
-    assert memory_plan.four_bit_parameters(served.model) == 0
-    assert evaluation.answer(served, rows, **settings) == before
-    assert not evaluation.dequantize(served, free=2 * needed)
-
-
-def test_weights_stay_in_4_bits_on_a_cpu(served):
-    assert not evaluation.dequantize(served, free=10**12)
-    assert memory_plan.four_bit_parameters(served.model) > 0
 
 
 @pytest.fixture

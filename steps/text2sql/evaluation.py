@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from steps.text2sql import dataset, memory_plan, scoring
+from steps.text2sql import dataset, scoring
 from steps.text2sql.databases import DATABASE
 from steps.text2sql.sql_model import (
     Generated,
@@ -35,21 +34,6 @@ ACTIVATIONS_PER_TOKEN = 16
 def token_budget(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> int:
     """New tokens that a model may write: those of the longest gold answer and a margin."""
     return max(map(len, tokenizer(list(answers))["input_ids"])) + BUDGET_MARGIN_TOKENS
-
-
-def dequantize(model: SQLModel, *, free: int) -> bool:
-    """Hold a base on a GPU as what its 4 bits stand for, where that takes at most half of `free` bytes.
-
-    Batches are answered the same, and faster: every new token dequantizes all weights otherwise. On a CPU
-    arithmetic takes most of the time, and nothing is changed. Whether it was done comes back.
-    """
-    base = model.model.get_base_model() if isinstance(model.model, PeftModel) else model.model
-    device, dtype = pick_device()
-    four_bit = memory_plan.four_bit_parameters(base)
-    if device == "cpu" or not 0 < four_bit * dtype.itemsize <= free * MEMORY_SHARE:
-        return False
-    base.dequantize(dtype)
-    return True
 
 
 def find_batch_size(model: SQLModel, rows: pandas.DataFrame, *, max_new_tokens: int, free: int) -> int:
