@@ -452,6 +452,12 @@ def test_quantization_none_has_no_configuration():
     assert sql_model.quantization_config("none", torch.float32) is None
 
 
+def test_attention_is_not_left_to_cudnn(tiny_base):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    sql_model.load_base(str(tiny_base), "none")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_nf4_on_a_cpu_holds_half_a_byte_a_weight_and_computes_in_fp32(tiny_base):
     model = sql_model.load_base(str(tiny_base), "nf4")
     model(input_ids=torch.tensor([[5, 6, 7]]))

@@ -302,6 +302,10 @@ def load_base(reference: str, quantization: str, *, storage: torch.dtype = torch
     """
     device, dtype = pick_device()
     source = locate_base(reference)
+    # PyTorch prefers cuDNN's attention on Hopper and Blackwell. It prepares itself for each new shape, which
+    # every new token of a batch is (0.09 s on an H100), and on a B200 it makes models with few heads of keys
+    # write wrong text (https://github.com/pytorch/pytorch/issues/193893).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             **source,
