@@ -114,13 +114,18 @@ def make_weights(architecture: str, models: Path) -> Path:
     """Folder with random weights of an architecture."""
     folder = models / architecture
     if not (folder / "config.json").exists():
-        device, dtype = pick_device()
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture], dtype=dtype)
-        model.to(torch.bfloat16).save_pretrained(folder)
-        del model
-        gc.collect()
+        write_weights(ARCHITECTURES[architecture], folder)
     return folder
+
+
+def write_weights(config: PretrainedConfig, folder: Path) -> None:
+    """Random weights of a configuration in bf16."""
+    device, dtype = pick_device()
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    del model
+    gc.collect()
 
 
 def train_tutorial(folder: Path, batch_size: int, steps: int, clock: Clock) -> None:

@@ -78,6 +78,8 @@ def train(params: TrainParams) -> None:
     settings = trainer_settings(params, plan, rows=len(data["train"]), frozen_parameters=count.frozen)
     speed, work = training_speed.of_devices(count.frozen), work_of(params, data, steps=settings.max_steps)
     compile_layers(params, model, work, speed)
+    if ranks.is_sharded():  # after compiling, the order that torchtitan has too
+        sharding.shard(model)
     with open_outputs(params, settings, described, model, tokenizer) as outputs:
         fit(params, settings, outputs, data, plan, speed)
     if params.resume_from and ranks.is_first():  # what it left on this machine is not needed any more
@@ -207,8 +209,6 @@ def load_model(
     run_log.log_settings("lora", model.peft_config["default"].to_dict())
     run_log.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     log_base(params, described, count)
-    if ranks.is_sharded():
-        sharding.shard(model)
     return model, plan, count
 
 

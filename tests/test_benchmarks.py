@@ -5,11 +5,12 @@ import re
 import statistics
 import sys
 
+import mlflow
 import pandas
 import pytest
 import torch
 
-from benchmarks import evaluate_throughput, loss_curve, package, recipe, train_throughput
+from benchmarks import evaluate_throughput, loss_curve, package, recipe, several_gpus, train_throughput
 from steps.text2sql import sample_data, splits, tokenization
 from steps.text2sql.sql_model import load_base, load_base_tokenizer
 from tests.conftest import tracking_at
@@ -162,3 +163,28 @@ def test_answers_of_a_package_that_differ_are_counted():
     rows = pandas.DataFrame({"context": ["CREATE TABLE t (a TEXT)"] * 2, "answer": ["SELECT a FROM t"] * 2})
     *_, served = package.table(rows, ["SELECT a FROM t"] * 2, ["SELECT a FROM t", "SELECT 1"])
     assert served == ("package", "50.0%", "1 of 2")
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """Ids of two runs with the points of a training each; the second is twice as fast."""
+    with tracking_at(f"sqlite:///{tmp_path}/mlflow.db"):
+        found = []
+        for losses, speeds, memory in [([4.0, 2.0, 1.0], [1, 10, 20], 8), ([4.4, 2.0, 1.01], [1, 20, 40], 4)]:
+            with mlflow.start_run() as run:
+                for step, (loss, rows) in enumerate(zip(losses, speeds, strict=True), start=1):
+                    metrics = {"train_loss": loss, "samples_per_second": rows, "peak_memory_gib": memory}
+                    mlflow.log_metrics(metrics, step=step)
+            found.append(run.info.run_id)
+        yield dict(zip(("one GPU", "DDP"), found, strict=True))
+
+
+def test_trainings_on_several_gpus_are_compared_with_that_on_one(two_runs):
+    _, one, two = several_gpus.trained(two_runs)
+    assert one == ("one GPU", "0.00%", "15.00", "1.00 x", "8.0", "100%")
+    assert two == ("DDP", "10.00%", "30.00", "2.00 x", "4.0", "50%")
+
+
+def test_losses_after_a_checkpoint_are_compared_with_those_of_the_whole_training(two_runs):
+    resumed = {("one GPU", "DDP"): two_runs["DDP"]}
+    assert list(several_gpus.gone_on(resumed, two_runs, after=1))[1] == ("one GPU", "DDP", "1.00%")

@@ -50,7 +50,7 @@ def same(one, other, tolerance=1e-4):
     )
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_recompute"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_recompute", "fsdp_compiled"])
 def test_two_processes_learn_what_one_learns_from_the_same_rows(trained, name):
     one, two = trained("single"), trained(name)
     assert len(one.losses) == two_processes.STEPS

@@ -47,6 +47,7 @@ SCENARIOS = {
     "fsdp_resumed": {"sharded": True, "go_on": "single/checkpoint-3"},
     "fsdp_nf4": {"sharded": True, "quantization": "nf4"},
     "fsdp_recompute": {"sharded": True, "recompute": True},
+    "fsdp_compiled": {"sharded": True, "compiled": True},
 }
 
 
@@ -93,6 +94,7 @@ def train(
     room=0,
     batch_size=4,
     steps=STEPS,
+    compiled=False,
 ) -> dict[str, object]:
     """Train the tiny base, with checkpoints in a folder; what can be compared comes back."""
     torch.manual_seed(0)
@@ -102,6 +104,8 @@ def train(
     tokenizer = sql_model.load_base_tokenizer(str(base))
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded)  # as accelerate says it
     gradients.Gradients.add = with_room(room)
+    if compiled:
+        library.compile_layers(model)
     if sharded:
         sharding.shard(model)
     settings = library.arguments(
