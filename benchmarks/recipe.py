@@ -44,7 +44,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Traine
 
 from benchmarks.markdown import Table, print_table
 from benchmarks.train_throughput import attach_as_planned, project_lora
-from steps.text2sql import adapter, memory_plan, scoring, splits, tokenization, trainer, training
+from steps.text2sql import adapter, gradients, memory_plan, scoring, splits, tokenization, trainer, training
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device
 from steps.text2sql.sql_execution import QueryError, check_query
@@ -308,7 +308,7 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
             data,
             settings=settings,
             plan=plan,
-            replay=pick_device()[0] == "cuda",
+            replay=gradients.can_record(model.config),
             callbacks=[Averaging(recipe.averaged_share)] if recipe.averaged_share else [],
             checkpoints=Checkpoints(lambda *_: None, save_steps=NEVER),
             optimizer=optimizer(model, recipe),

@@ -43,6 +43,7 @@ def main(params: PrepareDataParams) -> None:
     )
     announce(base, source)
     if active_run.is_chained():  # this machine trains next; nf4 is the least that can need
+        base_model.check_layers(base.reference)
         base_model.check_memory(base.reference, "nf4")
     tokenizer = load_base_tokenizer(base.reference)
     template = prompt(params, tokenizer, base.reference)

@@ -16,6 +16,7 @@ from steps.text2sql import (
     base_model,
     collectives,
     figures,
+    gradients,
     launching,
     memory_plan,
     prepared_data,
@@ -131,7 +132,7 @@ def fit(
                 data,
                 settings=settings,
                 plan=plan,
-                replay=pick_device()[0] == "cuda" and not params.lora_dropout and not ranks.is_sharded(),
+                replay=can_record(params, outputs.model),
                 callbacks=[reporter],
                 checkpoints=checkpoints,
             )
@@ -141,6 +142,12 @@ def fit(
     outputs.keep_adapter(settings.max_steps)
     run_log.log_figure(figures.loss_curve(reporter.train_loss, reporter.eval_loss), "loss_curve.png")
     run_log.log_metrics(train_loss_mean=mean_loss)
+
+
+def can_record(params: TrainParams, model: PeftModel) -> bool:
+    """Whether steps are recorded and replayed; with dropout or divided layers each one is another."""
+    is_same = not params.lora_dropout and not ranks.is_sharded()
+    return is_same and gradients.can_record(model.config)
 
 
 def how_to_go_on(params: TrainParams) -> str:
@@ -155,6 +162,7 @@ def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDic
     """What prepare_data made, for a base that this machine can train; the run is tagged with both."""
     described, data = prepared_data.load(params.dataset_uri)
     run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
+    base_model.check_layers(described.base_model)
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     return described, data
 

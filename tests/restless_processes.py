@@ -15,7 +15,9 @@ def body() -> None:
     with collectives.joined():
         collectives.smallest(0)
         if ranks.index() == 1:
-            {"fails": fail, "breaks": lambda: 1 / 0, "is_killed": kill, "is_stopped": stop}[how]()
+            {"fails": fail, "breaks": lambda: 1 / 0, "is_killed": kill, "is_stopped": stop, "is_left": leave}[
+                how
+            ]()
         collectives.smallest(0)
 
 
@@ -27,6 +29,11 @@ def fail() -> None:
 def kill() -> None:
     """As the system does when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> None:
+    """As NCCL does when it cannot reach the others."""
+    raise ranks.LeftAlone("another process is gone: no route to host")
 
 
 def stop() -> None:

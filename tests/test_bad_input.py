@@ -5,7 +5,8 @@ import shutil
 import mlflow
 import pytest
 
-from steps.text2sql import packaging
+from steps.text2sql import base_model, packaging
+from steps.text2sql.errors import UserError
 from tests.conftest import QUICK, call_step, failure, plain_rows, tiny_tokenizer, write_jsonl
 
 NO_RUN = "0" * 32
@@ -233,3 +234,16 @@ def test_a_run_of_another_step_is_no_evaluation(chain):
     assert f"evaluation_run_id={run_id}: is no evaluation" in fails(
         "promote", version=1, evaluation_run_id=run_id
     )
+
+
+@pytest.mark.parametrize("step", ["prepare_data", "train"])
+def test_a_base_with_other_layers_than_attention_is_refused_by_both_steps(
+    chain, tiny_base, monkeypatch, step
+):
+    def refuse(reference):
+        raise UserError(f"base_model={reference}: no")
+
+    monkeypatch.setattr(base_model, "check_layers", refuse)
+    values = {"prepare_data": {"base_model": tiny_base}, "train": {"dataset_uri": chain.dataset_uri}}[step]
+    message, _ = failure(step, **values)
+    assert message == f"base_model={tiny_base}: no"

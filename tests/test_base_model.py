@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from steps.text2sql import base_model, hub
-from steps.text2sql.base_model import BaseModel, check_memory, memory_needed, resolve
+from steps.text2sql.base_model import BaseModel, check_layers, check_memory, memory_needed, resolve
 from steps.text2sql.errors import UserError
 from steps.text2sql.sql_model import EMBEDDED_BASE, BaseModelError, load_base, load_base_tokenizer
 
@@ -322,3 +322,28 @@ def test_code_of_a_model_repository_never_runs_whatever_the_user_answers(with_co
         load(with_code.folder)
     assert not with_code.mark.exists()
     assert with_code.questions == []
+
+
+# --- layers
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention (llama)"),
+        ({"layer_types": ["hybrid", "linear_attention"]}, "hybrid, linear_attention (llama)"),
+        ({"attn_logit_softcapping": 50.0}, "attention with a soft cap (llama)"),
+    ],
+)
+def test_a_base_that_would_read_packed_rows_as_one_text_is_refused(tmp_path, config, said):
+    write_config(tmp_path, model_type="llama", num_hidden_layers=2, **config)
+    with pytest.raises(
+        UserError, match=f"^base_model={tmp_path}: has layers of {re.escape(said)}, with which"
+    ):
+        check_layers(str(tmp_path))
+
+
+@pytest.mark.parametrize("layers", [None, ["full_attention", "sliding_attention"]])
+def test_a_base_of_attention_alone_is_taken(tmp_path, layers):
+    write_config(tmp_path, model_type="llama", num_hidden_layers=2, layer_types=layers)
+    check_layers(str(tmp_path))

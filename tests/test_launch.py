@@ -54,6 +54,10 @@ def test_accelerate_reads_the_projects_own_configurations(name, kind):
         ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment: must be LOCAL_MACHINE"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, "fsdp_version: must be 2"),
         (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+            "fsdp_cpu_ram_efficient_loading: must be false",
+        ),
+        (
             {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True}},
             "fsdp_offload_params: is not supported",
         ),
@@ -184,6 +188,7 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, co
         ("breaks", UserError, "^process 1: ZeroDivisionError: division by zero$"),
         ("is_killed", UserError, "process 1 was killed by SIGKILL"),
         ("is_stopped", Interrupted, "^SIGTERM$"),
+        ("is_left", UserError, "process . ended with exit status 1; another process is gone: "),
     ],
 )
 def test_one_that_does_not_end_well_ends_all_with_its_reason(store, config, capfd, how, error, reason):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from steps.text2sql import packed_attention, packing
+from steps.text2sql import gradients, packed_attention, packing
 
 SHAPE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -112,7 +112,7 @@ def test_a_sliding_window_is_that_of_the_model():
     assert found == pytest.approx(sum(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
+@pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}])
 def test_attention_that_is_more_than_this_is_refused(asked):
     parts = (torch.zeros(1, 4, 3, 8) for _ in range(3))
     offsets = torch.tensor([0, 3])
@@ -142,3 +142,29 @@ def test_a_pack_without_answers_has_no_loss(model):
     model.set_attn_implementation(packed_attention.NAME)
     empty = packing.empty_like(packing.pack([row(6, 2)], capacity=10)[0])
     assert packed_attention.summed_loss(model, empty, longest=10).item() == 0
+
+
+@pytest.mark.parametrize(("capability", "flash"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_flash_attention_is_for_ampere_and_later(monkeypatch, capability, flash):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    packed_attention.has_flash.cache_clear()
+    assert packed_attention.has_flash() is flash
+    packed_attention.has_flash.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("rope", "recorded"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, True),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, False),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, False),
+        (None, True),
+    ],
+)
+def test_frequencies_that_change_with_the_length_are_not_recorded(monkeypatch, rope, recorded):
+    config = LlamaConfig(**SHAPE)
+    config.rope_parameters = rope
+    assert not gradients.can_record(config)  # no GPU here
+    monkeypatch.setattr(packed_attention, "has_flash", lambda: True)
+    assert gradients.can_record(config) is recorded

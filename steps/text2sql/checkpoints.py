@@ -257,8 +257,9 @@ class ResumableTrainer(Trainer):
             self.lr_scheduler.load_state_dict(values["scheduler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(read_values(Path(checkpoint))["scaler"])
+        state = read_values(Path(checkpoint))["scaler"] if checkpoint else None
+        if state and self.accelerator.scaler:  # a checkpoint of bf16 has none
+            self.accelerator.scaler.load_state_dict(state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # The Trainer calls this last, when it has fetched the rows of the first step.

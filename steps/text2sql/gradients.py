@@ -4,10 +4,21 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from steps.text2sql import packed_attention
 from steps.text2sql.packed_attention import summed_loss
 from steps.text2sql.packing import Pack
+
+# Frequencies that change with the length ask the GPU for it, which a recording cannot wait for.
+CHANGING_ROPE = frozenset({"dynamic", "longrope"})
+
+
+def can_record(config: PreTrainedConfig) -> bool:
+    """Whether this process can record the launches of such a model."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)}
+    return packed_attention.has_flash() and not kinds & CHANGING_ROPE
 
 
 class Gradients:

@@ -76,6 +76,9 @@ def _problems(values: dict[str, Any], *, own: bool) -> list[str]:
         "main_process_ip and main_process_port: needed with several machines": machines == 1
         or bool(values.get("main_process_ip") and values.get("main_process_port")),
         "fsdp_version: must be 2": kind != "FSDP" or fsdp.get("fsdp_version") == 2,
+        # By default true: transformers would leave the base empty in all processes but the first.
+        "fsdp_cpu_ram_efficient_loading: must be false": kind != "FSDP"
+        or fsdp.get("fsdp_cpu_ram_efficient_loading") is False,
         "fsdp_offload_params: is not supported": not fsdp.get("fsdp_offload_params"),
     }
     return [problem for problem, holds in rules.items() if not holds]

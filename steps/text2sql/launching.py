@@ -46,12 +46,15 @@ def run(module: str, values: Mapping[str, object], *, launch: str) -> None:
         with patch_environment(**environment(config, Path(scratch))), stopper.listening():
             problem = _launch(words)
         endings = ranks.endings(Path(scratch))
-    failed, stopped = ([one for one in endings if one.kind == kind] for kind in ("failed", "stopped"))
+    failed, stopped, left = (
+        [one for one in endings if one.kind == kind] for kind in ("failed", "stopped", "left")
+    )
     if stopper.stopped_by or (stopped and not failed):
         go_on = next((one.go_on for one in stopped if one.go_on), "")
         raise Interrupted(stopper.stopped_by or stopped[0].text, go_on)
     if failed or problem:
-        raise UserError(failed[0].text if failed else f"launch={launch}: {problem}")
+        said = f"launch={launch}: {'; '.join([problem, *(one.text for one in left[:1])])}"
+        raise UserError(failed[0].text if failed else said)
 
 
 def accelerate_words(config: LaunchConfig, *, gpus: int) -> list[str]:
@@ -92,7 +95,7 @@ def _launch(words: Sequence[str]) -> str:
         if failure.exitcode < 0:
             name = failure.signal_name()
             return f"process {rank} was killed by {name}; the system kills one when memory runs out"
-        return f"process {rank} ended with exit status {failure.exitcode} without saying why"
+        return f"process {rank} ended with exit status {failure.exitcode}"
     except Exception as error:  # whatever accelerate and the rendezvous of the machines raise
         return f"{type(error).__name__}: {error}"
     return ""

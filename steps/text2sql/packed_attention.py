@@ -1,5 +1,6 @@
 """Attention within the rows of a pack, as transformers takes it, and the loss that uses it."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -15,6 +16,7 @@ from steps.text2sql.tokenization import IGNORED
 NAME = "text2sql_packed"
 # torch 2.11 takes fewer key than query heads without being told, later ones want to be told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+FLASH_CAPABILITY = (8, 0)
 # What some models hand to their attention and this one does not compute.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
@@ -29,25 +31,31 @@ def packed_attention(
     scaling: float,
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each row to itself; tensors are `(1, heads, tokens, head size)`, the result
     `(1, tokens, heads, head size)`.
 
-    On CUDA one variable-length flash attention (arXiv 2307.08691), elsewhere row by row.
+    With `has_flash` one variable-length flash attention (arXiv 2307.08691), elsewhere row by row. A dropout
+    that the base's config may have for its attention is left out.
 
     Raises:
         NotImplementedError: the model asks for more, such as a soft cap on the scores.
     """
     asked = [name for name in UNSUPPORTED if named.get(name) is not None]
-    if asked or dropout:
-        raise NotImplementedError(f"packed attention without {', '.join(asked) or 'dropout'}")
+    if asked:
+        raise NotImplementedError(f"packed attention without {', '.join(asked)}")
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
-    if query.is_cuda:
+    if query.is_cuda and has_flash():
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
     return _row_by_row(query, key, value, cu_seq_lens_q, scaling, window), None
+
+
+@functools.cache
+def has_flash() -> bool:
+    """Whether this process computes on a GPU that flash attention has kernels for: Ampere and later."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLASH_CAPABILITY
 
 
 def _flash(

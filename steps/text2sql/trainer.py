@@ -91,7 +91,7 @@ class PackedTrainer(ResumableTrainer):
 
     def _step(self, rows: list[Row]) -> torch.Tensor | None:
         """Share of this process in the loss, with its gradients; None when memory ran out in any process."""
-        share = torch.tensor(1 / packing.answer_tokens(rows), device=self.args.device)
+        share = torch.full((), 1 / packing.answer_tokens(rows), device=self.args.device)
         scaler = self.accelerator.scaler  # of fp16, whose small gradients would vanish
         scale = scaler.scale(share) if scaler else share
         self.gradients.clear()

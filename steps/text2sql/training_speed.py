@@ -1,8 +1,12 @@
 """How fast a training goes on this device, and whether compiling its layers wins its time back."""
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
-from steps.text2sql import ranks
+from steps.text2sql import collectives, ranks
 from steps.text2sql.device import operations_per_second
 from steps.text2sql.sql_model import pick_device
 
@@ -46,7 +50,16 @@ def operations_per_token(frozen_parameters: int) -> int:
 
 
 def choose_compile(torch_compile: str, speed: Speed, *, tokens: float) -> str:
-    """`yes` or `no`; `auto` by whether so many tokens take long enough, and with a divided base `no`: what
-    compiling wins there was not measured."""
+    """`yes` or `no`; `auto` by whether so many tokens take long enough, and can be compiled here.
+
+    With a divided base it is `no`: what compiling wins there was not measured. All processes choose the same.
+    """
     pays = pick_device()[0] == "cuda" and speed.compiling_pays(tokens=tokens) and not ranks.is_sharded()
-    return {"auto": "yes" if pays else "no"}.get(torch_compile, torch_compile)
+    agreed = bool(collectives.smallest(pays and can_compile()))
+    return {"auto": "yes" if agreed else "no"}.get(torch_compile, torch_compile)
+
+
+def can_compile() -> bool:
+    """Whether there are a C compiler and Python's headers, with which Triton builds what launches kernels."""
+    compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    return compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists()
