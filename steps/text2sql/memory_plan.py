@@ -30,8 +30,8 @@ WAYS = {
     "yes": [(True, True), (False, True)],
     "no": [(True, False), (False, False)],
 }
-# A trainable fp32 parameter with its gradient and AdamW's two moments.
-TRAINABLE_BYTES = 16
+# A trainable fp32 parameter with its gradient, AdamW's two moments and the 16-bit copy of autocast.
+TRAINABLE_BYTES = 18
 
 
 @dataclass(frozen=True)

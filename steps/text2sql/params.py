@@ -197,7 +197,9 @@ class EvaluateParams:
         Auto | Annotated[int, Field(ge=1, le=4096)],
         Field(description="rows generated at once; auto: by free memory"),
     ]
-    query_timeout_seconds: Annotated[Positive, Field(description="limit of one query")]
+    query_timeout_seconds: Annotated[
+        Positive, Field(description="seconds for one query; without a database for all made ones together")
+    ]
 
     def __post_init__(self) -> None:
         """Refuse both or none.
