@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,12 +27,16 @@ from mlflow.entities import Run
 from mlflow.exceptions import ExecutionException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steps import evaluate, export, main, prepare_data, promote, register, train
 from steps.text2sql import command_line, packaging, params, reuse, sample_data, step_run
 from steps.text2sql.mlproject import defaults
 from steps.text2sql.sql_model import BaseModelError
+
+# By default progress bars lock out forked processes too, and one that is killed meanwhile locks for ever.
+tqdm.set_lock(threading.RLock())
 
 PROJECT = Path(__file__).parents[1]
 STEPS = {
@@ -95,7 +100,8 @@ def failure(step: str, **values: object) -> tuple[str, Run]:
 class Forked:
     """A process that calls a function, with all that this one has loaded: that takes 14 seconds otherwise.
 
-    It has signal handlers as a new process has. What it prints can be read from `stdout`, line by line.
+    It has signal handlers and a lock for progress bars as a new process has. What it prints can be read from
+    `stdout`, line by line.
     """
 
     def __init__(self, body: Callable[[], object]) -> None:
@@ -113,6 +119,7 @@ class Forked:
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        tqdm.set_lock(threading.RLock())
         body()
 
     def poll(self) -> int | None:
