@@ -1,5 +1,6 @@
 """The scripts of benchmarks/ follow the library; what they measure is small here."""
 
+import argparse
 import json
 import re
 import statistics
@@ -174,15 +175,32 @@ def two_runs(tmp_path):
             with mlflow.start_run() as run:
                 for step, (loss, rows) in enumerate(zip(losses, speeds, strict=True), start=1):
                     metrics = {"train_loss": loss, "samples_per_second": rows, "peak_memory_gib": memory}
+                    metrics["grad_norm"] = 10 * loss
                     mlflow.log_metrics(metrics, step=step)
             found.append(run.info.run_id)
         yield dict(zip(("one GPU", "DDP"), found, strict=True))
 
 
 def test_trainings_on_several_gpus_are_compared_with_that_on_one(two_runs):
-    _, one, two = several_gpus.trained(two_runs)
-    assert one == ("one GPU", "0.00%", "15.00", "1.00 x", "8.0", "100%")
-    assert two == ("DDP", "10.00%", "30.00", "2.00 x", "4.0", "50%")
+    _, one, two = several_gpus.trained(two_runs, after=1)
+    assert one == ("one GPU", "0.00%", "0.0%", "15.00", "1.00 x", "8.0", "100%")
+    assert two == ("DDP", "10.00%", "10.0%", "30.00", "2.00 x", "4.0", "50%")
+
+
+def test_a_training_that_fails_on_several_gpus_is_named_and_others_are_made_once(
+    tmp_path, monkeypatch, capsys
+):
+    def run(folder, step, *, parameters, **named):
+        if parameters["launch"] == "fsdp":
+            raise mlflow.exceptions.ExecutionException("no")
+        return argparse.Namespace(run_id=f"id of {step}")
+
+    monkeypatch.setattr(mlflow.projects, "run", run)
+    found = several_gpus.Runs(tmp_path)
+    assert [found.get(name, "train", launch=name.lower()) for name in ("DDP", "FSDP")] == ["id of train", ""]
+    assert "FAILED: FSDP: no" in capsys.readouterr().out
+    monkeypatch.setattr(mlflow.projects, "run", None)
+    assert several_gpus.Runs(tmp_path).get("DDP", "train", launch="ddp") == "id of train"
 
 
 def test_losses_after_a_checkpoint_are_compared_with_those_of_the_whole_training(two_runs):

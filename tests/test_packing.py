@@ -138,6 +138,22 @@ def test_processes_share_the_tokens_evenly():
     assert max(sizes) < 1.2 * min(sizes)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "processes"), [([60, 9, 8, 7], 2), ([30] * 7, 3), ([12], 2), ([9] * 5, 4)]
+)
+def test_packs_of_several_processes_have_one_shape_where_steps_are_recorded(lengths, processes):
+    rows = [row(length, length - 1 if length < 10 else 1) for length in lengths]
+    packs = packing.pack_evenly(rows, capacity=48, multiple=16, processes=processes)
+    assert len({tuple(part.shape for part in pack) for pack in packs}) == 1
+    answers = sum((pack.answers != -100).sum().item() for pack in packs)
+    assert answers == packing.answer_tokens(rows)
+
+
+def test_the_longest_rows_are_spread_first_each_to_the_emptiest_pack():
+    # 9 | 7 | 5 with 7 | 4 with 9 | 3 with 5 and 7
+    assert packing.spread([7, 3, 9, 4, 5], 2) == [[2, 3], [0, 4, 1]]
+
+
 def test_a_pack_without_answers_has_no_loss(model):
     model.set_attn_implementation(packed_attention.NAME)
     empty = packing.empty_like(packing.pack([row(6, 2)], capacity=10)[0])

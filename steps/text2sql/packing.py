@@ -50,6 +50,20 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
+def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of the rows of at most `count` packs of much the same size.
+
+    The longest row first, each to the pack that is the emptiest so far (Graham 1969, "longest processing time").
+    """
+    packs: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = filled.index(min(filled))
+        packs[emptiest].append(i)
+        filled[emptiest] += lengths[i]
+    return [pack for pack in packs if pack]
+
+
 def pack(rows: Sequence[Row], *, capacity: int, multiple: int = 1) -> list[Pack]:
     """Pack tokenized rows (`input_ids`, `labels`) into micro-batches of at most `capacity` tokens.
 
@@ -63,17 +77,26 @@ def pack(rows: Sequence[Row], *, capacity: int, multiple: int = 1) -> list[Pack]
 def pack_evenly(rows: Sequence[Row], *, capacity: int, multiple: int, processes: int) -> list[Pack]:
     """As `pack`, in as many packs for each process as for the others, of much the same size.
 
-    Where rows do not suffice, packs without an answer make up the number.
+    With a `multiple` all packs of a step have one shape: processes that compute a layer together record and
+    replay it together. Where rows do not suffice, packs without an answer make up the number.
     """
     if processes == 1:
         return pack(rows, capacity=capacity, multiple=multiple)
+    groups = [[rows[i] for i in group] for group in _even_groups(rows, capacity, processes)]
+    tokens = max(sum(len(row["input_ids"]) for row in group) for group in groups) if multiple > 1 else 0
+    answers = max(map(answer_tokens, groups)) if multiple > 1 else 0
+    packs = [_join(one, multiple, places=len(rows), tokens=tokens, answers=answers) for one in groups]
+    return packs + [empty_like(packs[-1])] * (-len(packs) % processes)
+
+
+def _even_groups(rows: Sequence[Row], capacity: int, processes: int) -> list[list[int]]:
+    """Indices of the rows of each pack: as few for each process as the capacity allows."""
     lengths = [len(row["input_ids"]) for row in rows]
     count = processes * -(-sum(lengths) // (processes * capacity))
-    even = max(max(lengths), -(-sum(lengths) // count))
-    while len(first_fit(lengths, even)) > count and even < capacity:
-        even = min(capacity, even + 1 + even // 50)
-    packs = pack(rows, capacity=even, multiple=multiple)
-    return packs + [empty_like(packs[-1])] * (-len(packs) % processes)
+    most = max(capacity, *lengths)
+    while max(sum(lengths[i] for i in group) for group in spread(lengths, count)) > most:
+        count += processes
+    return spread(lengths, count)
 
 
 def answer_tokens(rows: Sequence[Row]) -> int:
@@ -86,9 +109,10 @@ def empty_like(full: Pack) -> Pack:
     return full._replace(answers=torch.full_like(full.answers, IGNORED))
 
 
-def _join(rows: Sequence[Row], multiple: int, *, places: int) -> Pack:
+def _join(rows: Sequence[Row], multiple: int, *, places: int, tokens: int = 0, answers: int = 0) -> Pack:
+    """One pack, with room for so many `tokens` and `answers` at least."""
     ids = [token for row in rows for token in row["input_ids"]]
-    tokens = -(-len(ids) // multiple) * multiple
+    tokens = -(-max(len(ids), tokens) // multiple) * multiple
     ends = torch.tensor([0, *(len(row["input_ids"]) for row in rows)]).cumsum(0)
     positions = torch.cat(
         [torch.arange(len(row["input_ids"])) for row in rows] + [torch.arange(tokens - len(ids))]
@@ -97,10 +121,10 @@ def _join(rows: Sequence[Row], multiple: int, *, places: int) -> Pack:
     offsets[: len(ends)] = ends
     labels = [label for row in rows for label in (IGNORED, *row["labels"][1:])]
     # Half of the tokens, or all: one number of slots for each number of tokens, nearly always.
-    where, answers = _answers(labels, slots=[tokens // 2, tokens] if multiple > 1 else [])
+    slots = [size for size in (tokens // 2, tokens) if multiple > 1 and size >= answers]
     filled = torch.zeros(1, tokens, dtype=torch.int64)
     filled[0, : len(ids)] = torch.tensor(ids)
-    return Pack(filled, positions[None], offsets, where, answers)
+    return Pack(filled, positions[None], offsets, *_answers(labels, slots=slots))
 
 
 def _answers(labels: Sequence[int], *, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
