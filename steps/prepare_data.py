@@ -42,8 +42,8 @@ def main(params: PrepareDataParams) -> None:
         params.dataset, base_is_hub=base.is_hub, config=params.dataset_config, split=params.dataset_split
     )
     announce(base, source)
+    base_model.check_layers(base.reference)
     if active_run.is_chained():  # this machine trains next; nf4 is the least that can need
-        base_model.check_layers(base.reference)
         base_model.check_memory(base.reference, "nf4")
     tokenizer = load_base_tokenizer(base.reference)
     template = prompt(params, tokenizer, base.reference)

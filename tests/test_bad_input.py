@@ -246,4 +246,4 @@ def test_a_base_with_other_layers_than_attention_is_refused_by_both_steps(
     monkeypatch.setattr(base_model, "check_layers", refuse)
     values = {"prepare_data": {"base_model": tiny_base}, "train": {"dataset_uri": chain.dataset_uri}}[step]
     message, _ = failure(step, **values)
-    assert message == f"base_model={tiny_base}: no"
+    assert message == f"\nError: base_model={tiny_base}: no"

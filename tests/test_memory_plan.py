@@ -43,7 +43,7 @@ def test_the_more_memory_the_less_is_computed_twice(card_gib, recompute, dequant
 def test_a_plan_fits_in_what_is_free():
     for card_gib in range(8, 81, 4):
         found = plan(card_gib)
-        used = LOADED_BYTES + COUNTS["trainable"] * 16
+        used = LOADED_BYTES + COUNTS["trainable"] * 18
         used += COUNTS["four_bit"] * 1.484 if found.dequantize else 0
         used += found.tokens * MISTRAL.token_bytes(recompute=found.recompute)
         assert used < card_gib * 2**30
@@ -113,7 +113,7 @@ def test_the_peak_is_weights_adapter_activations_and_buffers():
     found = memory_plan.peak_bytes(plan(80), MISTRAL, **named)
     # An H100 that dequantized the weights held 22.9 GiB at most in steps of 1,040 tokens.
     assert 22.9 * 0.9 < found / 2**30 < 22.9 * 1.1
-    adapter_bytes = COUNTS["trainable"] * 16
+    adapter_bytes = COUNTS["trainable"] * 18
     activations = 1040 * MISTRAL.token_bytes(recompute=False)
     expected = int(LOADED_BYTES) + int(COUNTS["four_bit"] * 1.484) + adapter_bytes + activations + 2**28
     assert found == pytest.approx(expected, rel=1e-6)
