@@ -217,9 +217,10 @@ def measure(given: argparse.Namespace, scratch: Path) -> None:
     print(f"{given.architecture}, random weights, {describe_device()}, {torch.cuda.device_count()} GPUs")
     print(f"{versions()}, {given.rows} rows a step", flush=True)
     folder, runs, launches = base(given.architecture, given.models).resolve(), Runs(scratch), ways(scratch)
+    data = runs.get("data", "prepare_data", base_model=folder)
     half = given.steps // 2 // given.logging_steps * given.logging_steps
     recipe = {
-        "dataset_uri": f"runs:/{runs.get('data', 'prepare_data', base_model=folder)}/dataset",
+        "dataset_uri": f"runs:/{data}/dataset",
         "max_steps": given.steps,
         "batch_size": given.rows,
         "logging_steps": given.logging_steps,
@@ -227,6 +228,8 @@ def measure(given: argparse.Namespace, scratch: Path) -> None:
     }
     done = {name: runs.get(name, "train", **recipe, launch=launch) for name, launch in launches.items()}
     done = {name: run_id for name, run_id in done.items() if run_id}
+    if list(done)[:1] != list(launches)[:1]:
+        raise SystemExit("the training to compare with failed")
     if "train" in given.parts:
         show(trained(done, after=half + UNTIMED_STEPS), curves(done))
     if "resume" in given.parts:

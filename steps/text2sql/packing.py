@@ -53,7 +53,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Indices of the rows of at most `count` packs of much the same size.
 
-    The longest row first, each to the pack that is the emptiest so far ("longest processing time", Graham 1969).
+    The longest first, each to the pack that is the emptiest so far (Graham 1969: longest processing time).
     """
     packs: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
