@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 from unittest import mock
 
 import bitsandbytes
@@ -38,6 +38,7 @@ import torch
 import transformers
 from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
+from peft.optimizers.riemannian import create_riemannian_optimizer
 from peft.tuners.lora import LoraLayer
 from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
@@ -85,6 +86,7 @@ class Recipe:
     start: str = "lora"
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optimizer: Literal["adamw", "muon", "riemannian"] = "adamw"
     loraplus_ratio: float = 1.0
     averaged_share: float = 0.0
     join_repeats: int = 1
@@ -110,6 +112,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no clipping": {"settings": {"max_grad_norm": 0.0}},
     "beta2 0.99": {"settings": {"adam_beta2": 0.99}},
     **{f"LoRA+ {ratio:g}": {"loraplus_ratio": ratio} for ratio in (2.0, 4.0, 8.0, 16.0)},
+    "Muon": {"optimizer": "muon"},
+    "Riemannian": {"optimizer": "riemannian"},
     "rsLoRA": {"lora": {"use_rslora": True}},
     "DoRA": {"lora": {"use_dora": True}},
     "PiSSA": {"start": "pissa"},
@@ -268,16 +272,21 @@ def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_
 
 
 def optimizer(model: PeftModel, recipe: Recipe) -> torch.optim.Optimizer | None:
-    """That of LoRA+ (arXiv 2402.12354), B learning so many times faster than A; else the settings' own."""
+    """The recipe's own; None where it is that of the settings.
+
+    AdamW with B learning so many times faster than A (LoRA+, arXiv 2402.12354) or with gradients scaled by the
+    other factor (arXiv 2402.02347), or Muon with steps of AdamW's size (arXiv 2502.16982).
+    """
+    shared = {"lr": recipe.learning_rate, "weight_decay": recipe.settings.get("weight_decay", 0.0)}
+    if recipe.optimizer == "muon":
+        trainable = [one for one in model.parameters() if one.requires_grad]
+        return torch.optim.Muon(trainable, adjust_lr_fn="match_rms_adamw", **shared)
+    if recipe.optimizer == "riemannian":
+        return create_riemannian_optimizer(model, torch.optim.AdamW, **shared)
     if recipe.loraplus_ratio == 1:
         return None
-    return create_loraplus_optimizer(
-        model,
-        torch.optim.AdamW,
-        lr=recipe.learning_rate,
-        loraplus_lr_ratio=recipe.loraplus_ratio,
-        weight_decay=recipe.settings.get("weight_decay", 0.0),
-    )
+    ratio = {"loraplus_lr_ratio": recipe.loraplus_ratio}
+    return create_loraplus_optimizer(model, torch.optim.AdamW, **shared, **ratio)
 
 
 def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) -> PeftModel:

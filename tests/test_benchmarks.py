@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import evaluate_throughput, loss_curve, package, recipe, several_gpus, train_throughput
-from steps.text2sql import sample_data, splits, tokenization
+from steps.text2sql import adapter, sample_data, splits, tokenization
 from steps.text2sql.sql_model import load_base, load_base_tokenizer
 from tests.conftest import tracking_at
 
@@ -102,6 +102,24 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
     head, _, *found = capsys.readouterr().out.splitlines()
     assert "choice, exact match" in head
     assert [row.split(" | ")[0] for row in found] == [f"| {name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("defaults", type(None)), ("Muon", torch.optim.Muon), ("Riemannian", torch.optim.AdamW)],
+)
+def test_a_recipe_has_its_own_optimizer_with_its_own_rate(tiny_base, name, kind):
+    model = adapter.attach(load_base(str(tiny_base), "none"), train_throughput.project_lora())
+    one = recipe.recipe_of(f"{name} & learning rate 0.003")
+    found = recipe.optimizer(model, one)
+    assert isinstance(found, kind)
+    if found:
+        assert {group["lr"] for group in found.param_groups} == {0.003}
+        before = [weight.clone() for weight in model.parameters() if weight.requires_grad]
+        model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+        found.step()
+        after = [weight for weight in model.parameters() if weight.requires_grad]
+        assert not all(map(torch.equal, before, after))
 
 
 def test_a_quick_measurement_reads_right_answers_instead_of_generating(
