@@ -274,8 +274,8 @@ def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_
 def optimizer(model: PeftModel, recipe: Recipe) -> torch.optim.Optimizer | None:
     """The recipe's own; None where it is that of the settings.
 
-    AdamW with B learning so many times faster than A (LoRA+, arXiv 2402.12354) or with gradients scaled by the
-    other factor (arXiv 2402.02347), or Muon with steps of AdamW's size (arXiv 2502.16982).
+    AdamW with B learning so many times faster than A (LoRA+, arXiv 2402.12354) or with gradients scaled by
+    the other factor (arXiv 2402.02347), or Muon with steps of AdamW's size (arXiv 2502.16982).
     """
     shared = {"lr": recipe.learning_rate, "weight_decay": recipe.settings.get("weight_decay", 0.0)}
     if recipe.optimizer == "muon":

@@ -162,7 +162,6 @@ def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDic
     """What prepare_data made, for a base that this machine can train; the run is tagged with both."""
     described, data = prepared_data.load(params.dataset_uri)
     run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
-    base_model.check_layers(described.base_model)
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     return described, data
 
@@ -171,6 +170,7 @@ def dry_run(params: TrainParams) -> None:
     """Say what a training in one process would choose and take, from shapes alone: no weights are fetched."""
     run_log.tag_dry_run()
     described, data = open_data(params)
+    base_model.check_layers(described.base_model)
     base, lora = base_model.skeleton(described.base_model), lora_settings(params)
     held, trainable = base_model.held(base, params.quantization, pick_device()[1]), adapter.size(base, lora)
     free = memory_plan.free_bytes(pick_device()[0]) - held.bytes
@@ -206,6 +206,7 @@ def load_model(
     # FSDP divides numbers of the dtype that is computed in; the 4-bit values in them are the same.
     storage = pick_device()[1] if ranks.is_sharded() else torch.uint8
     base = load_base(described.base_model, params.quantization, storage=storage)
+    base_model.check_layers(described.base_model, base)
     lora = lora_settings(params)
     four_bit = memory_plan.four_bit_parameters(base)
     plan = plan_memory(

@@ -240,7 +240,7 @@ def test_a_run_of_another_step_is_no_evaluation(chain):
 def test_a_base_with_other_layers_than_attention_is_refused_by_both_steps(
     chain, tiny_base, monkeypatch, step
 ):
-    def refuse(reference):
+    def refuse(reference, model=None):
         raise UserError(f"base_model={reference}: no")
 
     monkeypatch.setattr(base_model, "check_layers", refuse)

@@ -10,9 +10,19 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Lfm2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+)
 
-from steps.text2sql import base_model, hub
+from steps.text2sql import base_model, hub, packed_attention
 from steps.text2sql.base_model import BaseModel, check_layers, check_memory, memory_needed, resolve
 from steps.text2sql.errors import UserError
 from steps.text2sql.sql_model import EMBEDDED_BASE, BaseModelError, load_base, load_base_tokenizer
@@ -326,24 +336,45 @@ def test_code_of_a_model_repository_never_runs_whatever_the_user_answers(with_co
 
 # --- layers
 
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ONE_TEXT = "of its 2 layers would read the rows of a step as one text"
+
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention (llama)"),
-        ({"layer_types": ["hybrid", "linear_attention"]}, "hybrid, linear_attention (llama)"),
-        ({"attn_logit_softcapping": 50.0}, "attention with a soft cap (llama)"),
+        (FalconConfig(**TINY), f"2 {ONE_TEXT} (falcon)"),
+        (Lfm2Config(**TINY, layer_types=["conv", "full_attention"]), f"1 {ONE_TEXT} (lfm2)"),
+        (Gemma2Config(**TINY), "its attention has softcap (gemma2)"),
     ],
 )
 def test_a_base_that_would_read_packed_rows_as_one_text_is_refused(tmp_path, config, said):
-    write_config(tmp_path, model_type="llama", num_hidden_layers=2, **config)
+    config.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=f"^base_model={tmp_path}: has layers of {re.escape(said)}, with which"
+        UserError, match=f"^base_model={tmp_path}: {re.escape(said)}, so rows cannot be packed"
     ):
         check_layers(str(tmp_path))
 
 
-@pytest.mark.parametrize("layers", [None, ["full_attention", "sliding_attention"]])
-def test_a_base_of_attention_alone_is_taken(tmp_path, layers):
-    write_config(tmp_path, model_type="llama", num_hidden_layers=2, layer_types=layers)
+@pytest.mark.parametrize("config", [LlamaConfig(**TINY), MistralConfig(**TINY), MixtralConfig(**TINY)])
+def test_a_base_of_attention_alone_is_taken(tmp_path, config):
+    config.save_pretrained(tmp_path)
     check_layers(str(tmp_path))
+
+
+def test_a_loaded_base_is_asked_itself_and_keeps_its_attention():
+    with pytest.raises(UserError, match="^base_model=a/falcon: 2 of its 2 layers"):
+        check_layers("a/falcon", FalconForCausalLM(FalconConfig(**TINY)))
+    llama = LlamaForCausalLM(LlamaConfig(**TINY))
+    check_layers("a/llama", llama)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_a_base_that_cannot_be_asked_without_weights_is_asked_with_them(tiny_base, monkeypatch):
+    def needs_values(model):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr(packed_attention, "not_apart", needs_values)
+    check_layers(str(tiny_base))
+    with pytest.raises(RuntimeError):
+        check_layers(str(tiny_base), load_base(str(tiny_base), "none"))

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+)
 
 from steps.text2sql import gradients, packed_attention, packing
 
@@ -87,6 +98,34 @@ def test_rows_of_a_pack_do_not_see_each_other(model, capacity, multiple):
         packs = packing.pack(rows, capacity=capacity, multiple=multiple)
         found = sum(packed_attention.summed_loss(model, pack, longest=128).item() for pack in packs)
     assert found == pytest.approx(sum(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "are_apart"),
+    [
+        (LlamaConfig, True),
+        (Qwen3Config, True),
+        (Gemma3TextConfig, True),
+        (FalconConfig, False),
+        (BloomConfig, False),
+        (MambaConfig, False),
+    ],
+)
+def test_a_model_whose_layers_ask_for_their_rows_reads_them_apart_and_no_other_does(kind, are_apart):
+    torch.manual_seed(0)
+    config = kind(**SHAPE, **HEADS, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # large enough for rows to differ
+            torch.nn.init.normal_(parameter, std=0.2)
+    rows = [row(9, 4), row(12, 5, first=60)]
+    expected = sum(losses_alone(model, rows))
+    assert (packed_attention.not_apart(model) == "") is are_apart
+    model.config.use_cache = False
+    model.set_attn_implementation(packed_attention.NAME)
+    with torch.no_grad():
+        found = packed_attention.summed_loss(model, packing.pack(rows, capacity=40)[0], longest=20).item()
+    assert (found == pytest.approx(expected, rel=1e-5)) is are_apart
 
 
 def test_the_order_within_a_pack_does_not_change_a_rows_loss(model):

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from steps.text2sql import hub
+from steps.text2sql import hub, packed_attention
 from steps.text2sql.errors import UserError
 from steps.text2sql.sql_model import (
     EMBEDDED_BASE,
@@ -26,8 +26,6 @@ GPU_BASE_CAPABILITY = (8, 0)
 INSTEAD = f"base_model=<absolute directory of a downloaded model> or base_model={EMBEDDED_BASE}"
 # nf4 with double quantization: 4 bits a weight, and 0.127 bits of scales (arXiv 2305.14314, section 3).
 NF4_BYTES = (4 + 0.127) / 8
-# What reads the rows of a pack apart; recurrent layers and convolutions would read them as one text.
-LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Adapter, optimizer, activations and the process itself, beside the weights.
 WORKING_MEMORY_BYTES = 2 * 2**30
 
@@ -110,38 +108,35 @@ def skeleton(reference: str) -> PreTrainedModel:
     Raises:
         UserError: the configuration is of no causal language model of transformers.
     """
-    config = _config(reference)
     try:
+        config = AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise _no_base(reference, error) from error
-
-
-def _config(reference: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise _no_base(reference, error) from error
+        raise UserError(
+            f"base_model={reference}: is no language model that can be loaded: {error}"
+        ) from error
 
 
-def _no_base(reference: str, error: Exception) -> UserError:
-    return UserError(f"base_model={reference}: is no language model that can be loaded: {error}")
-
-
-def check_layers(reference: str) -> None:
+def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:
     """Refuse a base that would read the rows of a step as if they were one text, or not at all.
 
+    Without the loaded `model` its shapes are asked, and no weights are fetched.
+
     Raises:
-        UserError: naming its kinds of layers.
+        UserError: naming what it has.
     """
-    config = _config(reference).get_text_config()
-    found = sorted(set(getattr(config, "layer_types", None) or ()) - LAYERS)
-    found += ["attention with a soft cap"] if getattr(config, "attn_logit_softcapping", None) else []
-    if found:
+    asked = model or skeleton(reference).to(torch.bfloat16)  # experts are not computed in fp32 there
+    try:
+        problem = packed_attention.not_apart(asked)
+    except RuntimeError:
+        if model is not None:
+            raise
+        return  # a pass that looks at values: train asks again, with weights
+    if problem:
         raise UserError(
-            f"base_model={reference}: has layers of {', '.join(found)} ({config.model_type}), with which "
-            "rows cannot be packed; give a base of plain attention, such as Llama, Mistral, Qwen3 or Gemma 3."
+            f"base_model={reference}: {problem} ({asked.config.model_type}), so rows cannot be packed; give "
+            "a base of plain attention, such as Llama, Mistral, Qwen3 or Gemma 3."
         )
 
 

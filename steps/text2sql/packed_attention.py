@@ -10,10 +10,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from steps.text2sql.packing import Pack
+from steps.text2sql.packing import Pack, pack
 from steps.text2sql.tokenization import IGNORED
 
-NAME = "text2sql_packed"
+NAME, PROBE = "text2sql_packed", "text2sql_probe"
 # torch 2.11 takes fewer key than query heads without being told, later ones want to be told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 FLASH_CAPABILITY = (8, 0)
@@ -117,3 +117,37 @@ def summed_loss(model: PreTrainedModel, pack: Pack, *, longest: int) -> torch.Te
         use_cache=False,
     ).logits[0]
     return cross_entropy(logits.float(), pack.answers, ignore_index=IGNORED, reduction="sum")
+
+
+def not_apart(model: PreTrainedModel) -> str:
+    """Why a model would not read the rows of a pack apart, in words; empty where it does.
+
+    One pass shows it, for which weights on the meta device are enough: every layer has to leave its attention
+    to transformers' interface and hand on where rows begin. Recurrent layers, convolutions and attention that
+    is written into a layer do not.
+    """
+    asking: set[nn.Module] = set()
+    unsupported: set[str] = set()
+
+    def probe(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **named: Any
+    ) -> tuple[torch.Tensor, None]:
+        unsupported.update(name for name in UNSUPPORTED if named.get(name) is not None)
+        if "cu_seq_lens_q" in named:
+            asking.add(module)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(PROBE, probe)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(PROBE)
+    row = {"input_ids": [0, 0], "labels": [0, 0]}
+    [two_rows] = pack([row, row], capacity=4)
+    with torch.no_grad():
+        summed_loss(model, two_rows.to(model.device), longest=2)
+    model.set_attn_implementation(before)
+    layers = model.config.get_text_config().num_hidden_layers
+    if unsupported:
+        return f"its attention has {', '.join(sorted(unsupported))}"
+    if len(asking) < layers:
+        return f"{layers - len(asking)} of its {layers} layers would read the rows of a step as one text"
+    return ""
