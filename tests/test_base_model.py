@@ -15,6 +15,7 @@ from transformers import (
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
@@ -353,6 +354,13 @@ def test_a_base_that_would_read_packed_rows_as_one_text_is_refused(tmp_path, con
     with pytest.raises(
         UserError, match=f"^base_model={tmp_path}: {re.escape(said)}, so rows cannot be packed"
     ):
+        check_layers(str(tmp_path))
+
+
+def test_a_base_that_reads_pictures_too_is_refused(tmp_path):
+    vision = TINY | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    Gemma3Config(text_config=TINY, vision_config=vision, mm_tokens_per_image=4).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"^base_model={tmp_path}: reads more than text \(gemma3\); give a"):
         check_layers(str(tmp_path))
 
 

@@ -26,6 +26,7 @@ GPU_BASE_CAPABILITY = (8, 0)
 INSTEAD = f"base_model=<absolute directory of a downloaded model> or base_model={EMBEDDED_BASE}"
 # nf4 with double quantization: 4 bits a weight, and 0.127 bits of scales (arXiv 2305.14314, section 3).
 NF4_BYTES = (4 + 0.127) / 8
+KINDS = "Llama, Mistral, Qwen3 and most others"
 # Adapter, optimizer, activations and the process itself, beside the weights.
 WORKING_MEMORY_BYTES = 2 * 2**30
 
@@ -119,7 +120,7 @@ def skeleton(reference: str) -> PreTrainedModel:
 
 
 def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:
-    """Refuse a base that would read the rows of a step as if they were one text, or not at all.
+    """Refuse a base that reads more than text, or would read the rows of a step as if they were one text.
 
     Without the loaded `model` its shapes are asked, and no weights are fetched.
 
@@ -127,6 +128,11 @@ def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:
         UserError: naming what it has.
     """
     asked = model or skeleton(reference).to(torch.bfloat16)  # experts are not computed in fp32 there
+    kind = asked.config.model_type
+    if asked.config.get_text_config() is not asked.config:
+        raise UserError(
+            f"base_model={reference}: reads more than text ({kind}); give a base of text alone: {KINDS}."
+        )
     try:
         problem = packed_attention.not_apart(asked)
     except RuntimeError:
@@ -135,8 +141,8 @@ def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:
         return  # a pass that looks at values: train asks again, with weights
     if problem:
         raise UserError(
-            f"base_model={reference}: {problem} ({asked.config.model_type}), so rows cannot be packed; give "
-            "a base of plain attention, such as Llama, Mistral, Qwen3 or Gemma 3."
+            f"base_model={reference}: {problem} ({kind}), so rows cannot be packed; give a base of plain "
+            f"attention: {KINDS}."
         )
 
 
