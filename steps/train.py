@@ -162,6 +162,7 @@ def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDic
     """What prepare_data made, for a base that this machine can train; the run is tagged with both."""
     described, data = prepared_data.load(params.dataset_uri)
     run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
+    base_model.check_quantization(described.base_model, params.quantization)
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     return described, data
 

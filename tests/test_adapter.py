@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from steps.text2sql import adapter, prepared_data, sql_model
 from steps.text2sql.errors import UserError
@@ -193,3 +193,25 @@ def test_the_manifest_says_what_the_adapter_belongs_to(saved):
     manifest = json.loads((saved[0] / "manifest.json").read_text())
     assert (manifest["quantization"], manifest["global_step"], manifest["max_steps"]) == ("nf4", 3, 6)
     assert manifest["dataset"] == DESCRIBED.dataset
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (GPT2Config(n_embd=64, n_layer=3, n_head=4), "GPT2Block"),
+        (LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4), "LlamaDecoderLayer"),
+    ],
+)
+def test_the_layers_of_a_decoder_are_found_whatever_they_are_called(config, kind):
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    model = adapter.attach(base, adapter.lora_config(r=2, alpha=4, dropout=0.0, target_modules="all-linear"))
+    assert [type(layer).__name__ for layer in adapter.decoder_layers(model)] == [kind] * 3
+
+
+@pytest.mark.parametrize("modules", ["all-linear", "c_attn,c_fc"])
+def test_the_size_of_an_adapter_on_gpt_2_is_known_before_it_is_made(modules):
+    lora = adapter.lora_config(r=2, alpha=4, dropout=0.0, target_modules=modules)
+    base = AutoModelForCausalLM.from_config(GPT2Config(n_embd=64, n_layer=3, n_head=4))
+    expected = adapter.size(base, lora)
+    assert adapter.count_parameters(adapter.attach(base, lora)).trainable == expected > 0

@@ -16,6 +16,7 @@ from transformers import (
     FalconForCausalLM,
     Gemma2Config,
     Gemma3Config,
+    GPT2Config,
     Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,7 +25,14 @@ from transformers import (
 )
 
 from steps.text2sql import base_model, hub, packed_attention
-from steps.text2sql.base_model import BaseModel, check_layers, check_memory, memory_needed, resolve
+from steps.text2sql.base_model import (
+    BaseModel,
+    check_layers,
+    check_memory,
+    check_quantization,
+    memory_needed,
+    resolve,
+)
 from steps.text2sql.errors import UserError
 from steps.text2sql.sql_model import EMBEDDED_BASE, BaseModelError, load_base, load_base_tokenizer
 
@@ -386,3 +394,14 @@ def test_a_base_that_cannot_be_asked_without_weights_is_asked_with_them(tiny_bas
     check_layers(str(tiny_base))
     with pytest.raises(RuntimeError):
         check_layers(str(tiny_base), load_base(str(tiny_base), "none"))
+
+
+def test_layers_of_gpt_2_are_trained_unquantized_alone(tmp_path):
+    GPT2Config(n_embd=64, n_layer=2, n_head=4).save_pretrained(tmp_path)
+    check_quantization(str(tmp_path), "none")
+    with pytest.raises(UserError, match=rf"^quantization=nf4: layers of {tmp_path} \(gpt2\) are of a kind"):
+        check_quantization(str(tmp_path), "nf4")
+
+
+def test_layers_that_can_be_quantized_are(tiny_base):
+    check_quantization(str(tiny_base), "nf4")

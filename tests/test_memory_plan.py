@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import MistralConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, OPTConfig
 
 from steps.text2sql import memory_plan, sql_model
 from steps.text2sql.errors import UserError
@@ -138,3 +138,18 @@ def test_4_bit_weights_are_counted_whatever_they_are_kept_as(tiny_base, storage)
     model = sql_model.load_base(str(tiny_base), "nf4", storage=storage)
     # Two layers with four of 64 x 64 for attention and three of 64 x 128.
     assert memory_plan.four_bit_parameters(model) == 2 * (4 * 64 * 64 + 3 * 64 * 128)
+
+
+@pytest.mark.parametrize(
+    ("config", "intermediate", "keys"),
+    [
+        (LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2), 11008, 32),
+        (OPTConfig(hidden_size=64, num_attention_heads=4, ffn_dim=96), 96, 64),
+        (GPT2Config(n_embd=64, n_head=4), 256, 64),
+        (GPTNeoXConfig(hidden_size=64, num_attention_heads=4, intermediate_size=80), 80, 64),
+    ],
+)
+def test_sizes_of_a_decoder_are_read_by_whatever_names_it_has(config, intermediate, keys):
+    shape = memory_plan.Shape.of(config, torch.float32)
+    assert (shape.hidden, shape.queries) == (64, 64)
+    assert (shape.intermediate, shape.keys) == (intermediate, keys)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from steps.text2sql import manifest
 from steps.text2sql.errors import UserError
@@ -74,14 +75,19 @@ def size(model: PreTrainedModel, config: LoraConfig) -> int:
     layers = {name.split(".")[-1]: 0 for name, module in _linear(model) if module is not head}
     chosen = config.target_modules if isinstance(config.target_modules, set) else layers
     return sum(
-        config.r * (module.in_features + module.out_features)
-        for name, module in _linear(model)
-        if name.split(".")[-1] in chosen
+        config.r * _features(module) for name, module in _linear(model) if name.split(".")[-1] in chosen
     )
 
 
-def _linear(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Linear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+def _features(module: torch.nn.Module) -> int:
+    """Inputs and outputs together; 4-bit weights are packed, and GPT-2's layers do not count theirs."""
+    is_transposed = isinstance(module, Conv1D)
+    return sum(module.weight.shape) if is_transposed else module.in_features + module.out_features
+
+
+def _linear(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    linear = (torch.nn.Linear, Conv1D)
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, linear))
 
 
 def check_modules(model: PreTrainedModel, names: set[str]) -> None:
@@ -99,6 +105,13 @@ def check_modules(model: PreTrainedModel, names: set[str]) -> None:
             f"{problem}: lm_head is tied to the embeddings in this base, so an adapter on it would carry the "
             "whole layer and merge wrongly; leave lm_head out."
         )
+
+
+def decoder_layers(model: PeftModel) -> torch.nn.ModuleList:
+    """The layers of the base, in the order of computation: the outermost list of as many modules."""
+    base = model.get_base_model()
+    lists = (module for module in base.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(found for found in lists if len(found) == base.config.num_hidden_layers)
 
 
 def count_parameters(model: PeftModel) -> ParameterCount:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from steps.text2sql import hub, packed_attention
 from steps.text2sql.errors import UserError
@@ -26,6 +27,7 @@ GPU_BASE_CAPABILITY = (8, 0)
 INSTEAD = f"base_model=<absolute directory of a downloaded model> or base_model={EMBEDDED_BASE}"
 # nf4 with double quantization: 4 bits a weight, and 0.127 bits of scales (arXiv 2305.14314, section 3).
 NF4_BYTES = (4 + 0.127) / 8
+# What can be trained, for messages.
 KINDS = "Llama, Mistral, Qwen3 and most others"
 # Adapter, optimizer, activations and the process itself, beside the weights.
 WORKING_MEMORY_BYTES = 2 * 2**30
@@ -143,6 +145,21 @@ def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:
         raise UserError(
             f"base_model={reference}: {problem} ({kind}), so rows cannot be packed; give a base of plain "
             f"attention: {KINDS}."
+        )
+
+
+def check_quantization(reference: str, quantization: str) -> None:
+    """Refuse to quantize layers of GPT-2's kind, whose weights are transposed: they cannot be loaded then.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    model = skeleton(reference)
+    if quantization != "none" and any(isinstance(module, Conv1D) for module in model.modules()):
+        kind = model.config.model_type
+        raise UserError(
+            f"quantization={quantization}: layers of {reference} ({kind}) are of a kind that bitsandbytes cannot "
+            "load in 4 bits; give quantization=none."
         )
 
 

@@ -30,6 +30,8 @@ WAYS = {
     "yes": [(True, True), (False, True)],
     "no": [(True, False), (False, False)],
 }
+# What models call the width of their MLP; GPT-2 does not say it where it is four times the hidden one.
+WIDTH_NAMES = ("intermediate_size", "ffn_dim", "n_inner")
 # A trainable fp32 parameter with its gradient, AdamW's two moments and the 16-bit copy of autocast.
 TRAINABLE_BYTES = 18
 
@@ -49,13 +51,15 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> "Shape":
         """Read a configuration of transformers."""
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        head = getattr(config, "head_dim", None) or hidden // heads
+        widths = (getattr(config, name, None) for name in WIDTH_NAMES)
         return cls(
             layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            queries=head * config.num_attention_heads,
-            keys=head * config.num_key_value_heads,
+            hidden=hidden,
+            intermediate=next(filter(None, widths), 4 * hidden),
+            queries=head * heads,
+            keys=head * (getattr(config, "num_key_value_heads", None) or heads),
             vocabulary=config.vocab_size,
             item=dtype.itemsize,
         )

@@ -7,6 +7,8 @@ from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from steps.text2sql import adapter
+
 
 def shard(model: PeftModel) -> None:
     """Divide the base, in place; a layer's weights are put together while the layer is computed.
@@ -21,6 +23,6 @@ def shard(model: PeftModel) -> None:
         "ignored_params": own,
         "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true",
     }
-    for layer in model.get_base_model().get_decoder().layers:
+    for layer in adapter.decoder_layers(model):
         fully_shard(layer, **settings)
     fully_shard(model, **settings)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainingArguments
 
-from steps.text2sql import collectives, packed_attention
+from steps.text2sql import adapter, collectives, packed_attention
 from steps.text2sql.checkpoints import Checkpoints, spread_random_state
 from steps.text2sql.device import peak_memory_gib
 from steps.text2sql.memory_plan import Plan
@@ -170,7 +170,7 @@ def compile_layers(model: PeftModel) -> None:
     The input of the first layer, too, is made to need a gradient: else that layer is compiled apart.
     """
     model.enable_input_require_grads()
-    for layer in model.get_base_model().get_decoder().layers:
+    for layer in adapter.decoder_layers(model):
         layer.compile(dynamic=True)
 
 
