@@ -158,8 +158,8 @@ def check_quantization(reference: str, quantization: str) -> None:
     if quantization != "none" and any(isinstance(module, Conv1D) for module in model.modules()):
         kind = model.config.model_type
         raise UserError(
-            f"quantization={quantization}: layers of {reference} ({kind}) are of a kind that bitsandbytes cannot "
-            "load in 4 bits; give quantization=none."
+            f"quantization={quantization}: layers of {reference} ({kind}) are of a kind that bitsandbytes "
+            "cannot load in 4 bits; give quantization=none."
         )
 
 
