@@ -285,8 +285,9 @@ def optimizer(model: PeftModel, recipe: Recipe) -> torch.optim.Optimizer | None:
         return create_riemannian_optimizer(model, torch.optim.AdamW, **shared)
     if recipe.loraplus_ratio == 1:
         return None
-    ratio = {"loraplus_lr_ratio": recipe.loraplus_ratio}
-    return create_loraplus_optimizer(model, torch.optim.AdamW, **shared, **ratio)
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, loraplus_lr_ratio=recipe.loraplus_ratio, **shared
+    )
 
 
 def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) -> PeftModel:

@@ -231,7 +231,8 @@ def measure(given: argparse.Namespace, scratch: Path) -> None:
     if list(done)[:1] != list(launches)[:1]:
         raise SystemExit("the training to compare with failed")
     if "train" in given.parts:
-        show(trained(done, after=half + UNTIMED_STEPS), curves(done))
+        last = given.steps - given.logging_steps  # a short training is timed by its last point alone
+        show(trained(done, after=min(half + UNTIMED_STEPS, last)), curves(done))
     if "resume" in given.parts:
         one, *several = done
         resumed = {}

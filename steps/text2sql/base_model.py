@@ -154,8 +154,10 @@ def check_quantization(reference: str, quantization: str) -> None:
     Raises:
         UserError: naming the parameter.
     """
+    if quantization == "none":
+        return
     model = skeleton(reference)
-    if quantization != "none" and any(isinstance(module, Conv1D) for module in model.modules()):
+    if any(isinstance(module, Conv1D) for module in model.modules()):
         kind = model.config.model_type
         raise UserError(
             f"quantization={quantization}: layers of {reference} ({kind}) are of a kind that bitsandbytes "

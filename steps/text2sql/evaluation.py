@@ -9,7 +9,7 @@ import pandas
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from steps.text2sql import dataset, scoring
+from steps.text2sql import dataset, memory_plan, scoring
 from steps.text2sql.databases import DATABASE
 from steps.text2sql.sql_model import (
     Generated,
@@ -55,11 +55,9 @@ def bytes_per_row(config: PretrainedConfig, *, tokens: int, value_bytes: int) ->
     Keys and values of all layers; one layer's activations of the prompt, with its attention weights as a
     whole (as sdpa without a fused kernel makes them); the logits of one token, in fp32 and copied twice.
     """
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cached_heads = getattr(config, "num_key_value_heads", None) or heads
-    cache = 2 * config.num_hidden_layers * cached_heads * head_size * tokens
-    activations = tokens * (ACTIVATIONS_PER_TOKEN * config.hidden_size + heads * tokens)
+    _, keys = memory_plan.attention_sizes(config)
+    cache = 2 * config.num_hidden_layers * keys * tokens
+    activations = tokens * (ACTIVATIONS_PER_TOKEN * config.hidden_size + config.num_attention_heads * tokens)
     return (cache + activations) * value_bytes + 3 * config.vocab_size * 4
 
 

@@ -36,6 +36,13 @@ WIDTH_NAMES = ("intermediate_size", "ffn_dim", "n_inner")
 TRAINABLE_BYTES = 18
 
 
+def attention_sizes(config: PreTrainedConfig) -> tuple[int, int]:
+    """Numbers of a token's query, and of its key or value, in one layer; all heads together."""
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return head_size * heads, head_size * (getattr(config, "num_key_value_heads", None) or heads)
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a decoder as memory depends on them; `item` is the bytes of one activation."""
@@ -51,15 +58,14 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> "Shape":
         """Read a configuration of transformers."""
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        head = getattr(config, "head_dim", None) or hidden // heads
+        hidden, (queries, keys) = config.hidden_size, attention_sizes(config)
         widths = (getattr(config, name, None) for name in WIDTH_NAMES)
         return cls(
             layers=config.num_hidden_layers,
             hidden=hidden,
             intermediate=next(filter(None, widths), 4 * hidden),
-            queries=head * heads,
-            keys=head * (getattr(config, "num_key_value_heads", None) or heads),
+            queries=queries,
+            keys=keys,
             vocabulary=config.vocab_size,
             item=dtype.itemsize,
         )

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,13 +44,17 @@ def packed_attention(
     Raises:
         NotImplementedError: the model asks for more, such as a soft cap on the scores.
     """
-    asked = [name for name in UNSUPPORTED if named.get(name) is not None]
+    asked = _unsupported(named)
     if asked:
         raise NotImplementedError(f"packed attention without {', '.join(asked)}")
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if query.is_cuda and has_flash():
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
     return _row_by_row(query, key, value, cu_seq_lens_q, scaling, window), None
+
+
+def _unsupported(named: Mapping[str, Any]) -> list[str]:
+    return [name for name in UNSUPPORTED if named.get(name) is not None]
 
 
 @functools.cache
@@ -132,7 +137,7 @@ def not_apart(model: PreTrainedModel) -> str:
     def probe(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **named: Any
     ) -> tuple[torch.Tensor, None]:
-        unsupported.update(name for name in UNSUPPORTED if named.get(name) is not None)
+        unsupported.update(_unsupported(named))
         if "cu_seq_lens_q" in named:
             asking.add(module)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None

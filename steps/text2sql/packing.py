@@ -94,9 +94,11 @@ def _even_groups(rows: Sequence[Row], capacity: int, processes: int) -> list[lis
     lengths = [len(row["input_ids"]) for row in rows]
     count = processes * -(-sum(lengths) // (processes * capacity))
     most = max(capacity, *lengths)
-    while max(sum(lengths[i] for i in group) for group in spread(lengths, count)) > most:
+    groups = spread(lengths, count)
+    while max(sum(lengths[i] for i in group) for group in groups) > most:
         count += processes
-    return spread(lengths, count)
+        groups = spread(lengths, count)
+    return groups
 
 
 def answer_tokens(rows: Sequence[Row]) -> int:
