@@ -187,6 +187,8 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, co
         ("fails", UserError, "^rows: there are none$"),
         ("breaks", UserError, "^process 1: ZeroDivisionError: division by zero$"),
         ("is_killed", UserError, "process 1 was killed by SIGKILL"),
+        ("is_killed_beside_a_busy_one", UserError, "process 1 was killed by SIGKILL"),
+        ("is_killed_beside_one_stopped_late", UserError, "process 1 was killed by SIGKILL"),
         ("is_stopped", Interrupted, "^SIGTERM$"),
         ("is_left", UserError, "process . ended with exit status 1; another process is gone: "),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import patch_environment
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from steps.text2sql import active_run, launch_config, processes, project_source, ranks, run_log
 from steps.text2sql.errors import Interrupted, UserError
@@ -44,17 +44,10 @@ def run(module: str, values: Mapping[str, object], *, launch: str) -> None:
     stopper = processes.Stopper(announce=False)
     with tempfile.TemporaryDirectory() as scratch:
         with patch_environment(**environment(config, Path(scratch))), stopper.listening():
-            problem = _launch(words)
+            error = _launch(words)
         endings = ranks.endings(Path(scratch))
-    failed, stopped, left = (
-        [one for one in endings if one.kind == kind] for kind in ("failed", "stopped", "left")
-    )
-    if stopper.stopped_by or (stopped and not failed):
-        go_on = next((one.go_on for one in stopped if one.go_on), "")
-        raise Interrupted(stopper.stopped_by or stopped[0].text, go_on)
-    if failed or problem:
-        said = f"launch={launch}: {'; '.join([problem, *(one.text for one in left[:1])])}"
-        raise UserError(failed[0].text if failed else said)
+    if reason := _reason(error, endings, stopper.stopped_by, launch):
+        raise reason
 
 
 def accelerate_words(config: LaunchConfig, *, gpus: int) -> list[str]:
@@ -86,16 +79,47 @@ def environment(config: LaunchConfig, endings: Path) -> dict[str, str]:
     return found | ({"CUDA_VISIBLE_DEVICES": ""} if config.use_cpu else {})
 
 
-def _launch(words: Sequence[str]) -> str:
-    """Run `accelerate launch`; what went wrong comes back, in words."""
+def _launch(words: Sequence[str]) -> Exception | None:
+    """Run `accelerate launch`; what went wrong comes back."""
     try:
         launch_command(launch_command_parser().parse_args(words))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = failure.signal_name()
-            return f"process {rank} was killed by {name}; the system kills one when memory runs out"
-        return f"process {rank} ended with exit status {failure.exitcode}"
     except Exception as error:  # whatever accelerate and the rendezvous of the machines raise
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return error
+    return None
+
+
+def _reason(
+    error: Exception | None, endings: Sequence[ranks.Ending], stopped_by: str, launch: str
+) -> UserError | Interrupted | None:
+    """Why the processes ended, if not well."""
+    failed, stopped, left = (
+        [one for one in endings if one.kind == kind] for kind in ("failed", "stopped", "left")
+    )
+    problem = _problem(error, {one.process: one.kind for one in endings})
+    if stopped_by or (stopped and not failed and not problem):
+        go_on = next((one.go_on for one in stopped if one.go_on), "")
+        return Interrupted(stopped_by or stopped[0].text, go_on)
+    if failed:
+        return UserError(failed[0].text)
+    if problem:
+        return UserError(f"launch={launch}: {'; '.join([problem, *(one.text for one in left[:1])])}")
+    return None
+
+
+def _problem(error: Exception | None, told: Mapping[int, ranks.Kind]) -> str:
+    """What went wrong, in words; nothing where the process that ended the others was asked to stop."""
+    if not isinstance(error, ChildFailedError):
+        return f"{type(error).__name__}: {error}" if error else ""
+    # Once one has failed, torch asks the others to stop: only the first says why all ended.
+    first, failure = error.get_first_failure()
+    if told.get(first) == "left":  # by one that may have been noticed at the same time, and told nothing
+        silent = (one for one in error.failures if one not in told)
+        first = next((one for one in silent if error.failures[one].timestamp == failure.timestamp), first)
+    return "" if told.get(first) == "stopped" else _ended(first, error.failures[first])
+
+
+def _ended(process: int, failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        name = failure.signal_name()
+        return f"process {process} was killed by {name}; the system kills one when memory runs out"
+    return f"process {process} ended with exit status {failure.exitcode}"

@@ -103,6 +103,7 @@ class Ending:
     text: str
     go_on: str
     time: float
+    process: int
 
 
 def tell_ending(kind: Kind, text: str, go_on: str = "") -> bool:
@@ -113,7 +114,8 @@ def tell_ending(kind: Kind, text: str, go_on: str = "") -> bool:
     folder = Path(os.environ[ENDINGS_VARIABLE])
     is_news = not any(ending.kind == "failed" for ending in endings(folder))
     written = folder / f".{index()}"
-    written.write_text(json.dumps(asdict(Ending(kind, text, go_on, time.time()))), encoding="utf-8")
+    ending = Ending(kind, text, go_on, time.time(), index())
+    written.write_text(json.dumps(asdict(ending)), encoding="utf-8")
     written.rename(folder / f"{index()}.json")
     return is_news
 

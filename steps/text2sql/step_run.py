@@ -102,10 +102,11 @@ def begin() -> None:
 
 
 def _end(status: str, tag: str, reason: str) -> None:
-    try:
-        mlflow.set_tags({tag: reason[:5000], MLFLOW_RUN_NOTE: f"{status}: {reason[:5000]}"})
-    finally:
-        mlflow.end_run(status)
+    with processes.held_signals():  # the run has its end already
+        try:
+            mlflow.set_tags({tag: reason[:5000], MLFLOW_RUN_NOTE: f"{status}: {reason[:5000]}"})
+        finally:
+            mlflow.end_run(status)
 
 
 def _way_on(error: BaseException) -> str:
@@ -116,26 +117,33 @@ def _run_as_one_of_several(body: Callable[[], None], user_errors: tuple[type[Exc
     """Call a body in a process whose launcher owns the run, ends it, and says why."""
     with processes.on_signals(processes.raise_interrupt):
         try:
-            if ranks.is_first():
-                mlflow.start_run()
-            else:
-                ranks.be_silent()
-            body()
-        except Interrupted as error:  # all of them stopped together, which is no failure of this one
-            ranks.tell_ending("stopped", str(error), error.go_on)
-        except KeyboardInterrupt as error:
+            _run_and_tell(body, user_errors)
+        except KeyboardInterrupt as error:  # perhaps while another error was told
             ranks.tell_ending("stopped", str(error) or "SIGINT")
             raise SystemExit(1) from error
-        except (UserError, *user_errors) as error:
-            ranks.tell_ending("failed", str(error))
-            raise SystemExit(1) from error
-        except ranks.LeftAlone as error:
-            ranks.tell_ending("left", str(error))
-            raise SystemExit(1) from error
-        except BaseException as error:
-            if ranks.tell_ending("failed", f"process {ranks.index()}: {type(error).__name__}: {error}"):
-                raise
-            raise SystemExit(1) from error
+
+
+def _run_and_tell(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+    try:
+        if ranks.is_first():
+            mlflow.start_run()
+        else:
+            ranks.be_silent()
+        body()
+    except KeyboardInterrupt:
+        raise
+    except Interrupted as error:  # all of them stopped together, which is no failure of this one
+        ranks.tell_ending("stopped", str(error), error.go_on)
+    except (UserError, *user_errors) as error:
+        ranks.tell_ending("failed", str(error))
+        raise SystemExit(1) from error
+    except ranks.LeftAlone as error:
+        ranks.tell_ending("left", str(error))
+        raise SystemExit(1) from error
+    except BaseException as error:
+        if ranks.tell_ending("failed", f"process {ranks.index()}: {type(error).__name__}: {error}"):
+            raise
+        raise SystemExit(1) from error
 
 
 def check_store() -> None:
