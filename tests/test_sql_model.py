@@ -3,8 +3,10 @@
 import hashlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bitsandbytes
@@ -129,6 +131,14 @@ CONTEXT = (
             'SELECT name FROM station WHERE mascot = "cat AND name = "north"',
             'SELECT name FROM station WHERE mascot = "cat" AND name = "north"',
         ),
+        (
+            "SELECT name FROM station WHERE name = March 3, 2001 AND mascot = Live in Paris",
+            'SELECT name FROM station WHERE name = "March 3, 2001" AND mascot = "Live in Paris"',
+        ),
+        (
+            "SELECT name FROM station WHERE mascot = O'Neil \"cat\" AND name = \"north",
+            "SELECT name FROM station WHERE mascot = O'Neil \"cat\" AND name = \"north\"",
+        ),
     ],
 )
 def test_repair_mends_names_constants_and_open_texts(generated, repaired):
@@ -150,6 +160,53 @@ def test_repair_mends_names_constants_and_open_texts(generated, repaired):
 )
 def test_repair_leaves_a_sound_query_as_it_is(sound):
     assert sql_model.repair_sql(sound, CONTEXT) == sound
+
+
+SHOP = """CREATE TABLE heads (id INTEGER, name TEXT, age INTEGER, y INTEGER, dept_id INTEGER, price REAL);
+CREATE TABLE dept (id INTEGER, title TEXT)"""
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        "SELECT SUM(CASE WHEN age > 5 THEN 1 ELSE 0 END) FROM heads",
+        "SELECT CASE WHEN age > y + 1 THEN age ELSE y END FROM heads",
+        "SELECT h.name FROM heads AS h JOIN dept AS d ON h.dept_id = d.id LEFT OUTER JOIN heads AS o ON o.id = d.id",
+        "SELECT name FROM heads h JOIN dept d ON h.dept_id = d.id NATURAL JOIN dept WHERE d.id IN (1, 2)",
+        "SELECT name, age > 30 FROM heads",
+        "SELECT name, age > 30, y FROM heads",
+        "SELECT IIF(age > 5, 1, 0), IIF(age >y,1,0) FROM heads",
+        "SELECT id FROM heads WHERE id = dept_id % 2 OR age & 3 = 1 OR y = ~id OR age = 7 >> 1",
+        "SELECT id FROM heads WHERE price > 1e+5 AND price < 1.5E-3 AND price <> .5 AND price > 2.",
+        "SELECT id FROM heads WHERE age > - 5 AND NOT y = NOT age",
+        "SELECT id FROM heads WHERE name = 'Andy' OR name = 'fromage' OR name = \"wherever\"",
+        "SELECT id FROM heads WHERE name = '5\" disk' AND y = 1",
+        "SELECT id FROM heads WHERE name = 'it''s \"a\" = b c or d' AND y = 1",
+        'SELECT id FROM heads WHERE name = "a = b c or d"',
+        "SELECT age ages FROM heads ORDER BY ages",
+        'SELECT age "ages", y names FROM heads ORDER BY names',
+        "SELECT headss.age FROM (SELECT age FROM heads) headss WHERE headss.age = 1 COLLATE NOCASE",
+        "WITH head AS (SELECT id FROM heads) SELECT id FROM head",
+        "WITH head(idd, agee) AS (SELECT id, age FROM heads) SELECT idd, agee FROM head",
+        "WITH RECURSIVE names(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM names WHERE i < 5) SELECT i FROM names",
+        "SELECT RANK() OVER (PARTITION BY y ORDER BY age DESC NULLS LAST) FROM heads WHERE age = 5 IS NOT NULL",
+        "SELECT SUM(age) OVER win FROM heads WHERE age <= 5 WINDOW win AS (ORDER BY age ROWS UNBOUNDED PRECEDING)",
+        "SELECT id FROM heads WHERE age >= 5 BETWEEN 0 AND 1 ORDER BY age > 3 DESC, y = 2 ASC LIMIT 1",
+        "SELECT CAST(age AS DOUBLE PRECISION) FROM heads GROUP BY y HAVING MAX(age) > 3 AND COUNT(*) = 2",
+    ],
+)
+def test_repair_leaves_what_sqlite_takes_as_it_is(sound):
+    database = sqlite3.connect(":memory:")
+    database.executescript(SHOP)
+    database.execute(f"EXPLAIN {sound}")
+    assert sql_model.repair_sql(sound, SHOP) == sound
+
+
+def test_repair_takes_a_time_in_proportion_to_the_length_of_what_was_written():
+    blank = "SELECT age FROM heads WHERE name = b" + "\n" * 100_000 + 'c "x"'
+    start = time.monotonic()
+    sql_model.repair_sql(blank, SHOP)
+    assert time.monotonic() - start < 5
 
 
 def test_repair_changes_no_built_in_answer():

@@ -9,6 +9,7 @@ It does not run any SQL, and no code from a model repository.
 """
 
 import difflib
+import functools
 import hashlib
 import inspect
 import logging
@@ -134,25 +135,46 @@ def extract_sql(text: str) -> str:
 # Repair of SQL by its form alone
 
 # A text, a name, a number or anything else.
-SQL_TOKEN = re.compile(r"""("[^"]*"|'[^']*'|`[^`]*`|\[[^]]*\])|([^\W\d][\w$]*)|(\d[\w.$]*|.)""", re.DOTALL)
+QUOTED = r"""("[^"]*"|'[^']*'|`[^`]*`|\[[^]]*\])"""
+NAME = r"[^\W\d][\w$]*"
+SQL_TOKEN = re.compile(rf"{QUOTED}|({NAME})|(\d[\w.$]*|.)", re.DOTALL)
 SQL_WORDS = frozenset(
     re.findall(
         r"\w+",
         """
-        all and as asc between by case cast collate cross current_date desc distinct else end escape except
-        exists false from full glob group having in inner intersect is isnull join left like limit natural not
-        notnull null offset on or order outer over partition recursive right select then true union using
-        values when where with blob date integer numeric real text varchar
+        all and as asc between by case cast collate cross current current_date current_time current_timestamp
+        desc distinct else end escape except exclude exists false filter first following from full glob group
+        groups having in indexed inner intersect is isnull join last left like limit match materialized natural
+        not notnull null nulls offset on or order others outer over partition preceding range recursive regexp
+        right row rows select then ties true unbounded union using values when where window with
+        bigint binary blob boolean char date datetime decimal double float int integer nocase numeric precision
+        real rtrim text time timestamp varchar
         """,
     )
 )
-# What a comparison's right side ends before.
+# What a comparison's right side ends before; and before what it ends if it is a sound value so far, since
+# these are also words of texts.
 CLAUSES = "and|or|group|order|having|limit|intersect|union|except|where|on|as"
-CLAUSE_END = rf"(?=\s+(?:{CLAUSES}|(?:\w+\s+)?join)\b|[;)]|\s*$)"
-COMPARED = re.compile(rf"([=<>]\s*)([^\s\"'`(=<>][^\"'`()=<>]*?){CLAUSE_END}", re.IGNORECASE)
-EXPRESSION = re.compile(r"[\w$.+*/|\s-]+", re.ASCII)
+CLAUSE_END = rf"(?=\s+(?:{CLAUSES}|(?:\w+\s+)?join)\b|\s*[;)]|\s*$)"
+SOUND_ENDS = (
+    "asc|between|collate|cross|desc|else|end|escape|from|full|glob|in|inner|is|isnull|left|like|match|natural|"
+    "not|notnull|outer|regexp|right|then|using|when|window"
+)
+PIECE = r"[^\s\"'`()=<>;]+"
+COMPARED = re.compile(rf"{QUOTED}|([=<>]\s*)({PIECE}(?:\s+{PIECE})*?){CLAUSE_END}", re.IGNORECASE)
+NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
+OPERAND = rf"(?:not\s+)*(?:[-+~]\s*)*(?:{NUMBER}|{NAME}(?:\s*\.\s*{NAME})*)"
+VALUE = rf"{OPERAND}(?:\s*(?:\|\||<<|>>|[-+*/%&|])\s*{OPERAND})*"
+SOUND_START = re.compile(rf"({VALUE})(?:\s*,|\s+(?:{SOUND_ENDS})\b)", re.IGNORECASE)
+NUMBER_WITH_COMMAS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 OPEN_TEXT = re.compile(r"""([=<>]\s*)"([^"]*?)(\s+(?:and|or)\s+[\w$.]+\s*[=<>]+\s*")""", re.IGNORECASE)
-GLUED = re.compile(r"\b(select|from|where|and)([^\W\d][\w$]*)", re.IGNORECASE)
+GLUED = re.compile(rf"(select|from|where|and)({NAME})", re.IGNORECASE)
+# Names that a query makes: `… AS name`, `name AS (…)` with or without names of columns, and two in a row.
+MADE_NAMES = (
+    re.compile(rf"\bas\s+({NAME})", re.IGNORECASE),
+    re.compile(rf"({NAME}(?:\s*\([^()]*\))?)\s*\bas\s*(?:(?:not\s+)?materialized\s*)?\(", re.IGNORECASE),
+    re.compile(rf"(?:[\"'`)\]]|\b(?!(?:{'|'.join(SQL_WORDS)})\b){NAME})\s+({NAME})", re.IGNORECASE),
+)
 # Similarity of a wrong name to the right one, by difflib's ratio.
 SIMILAR_NAME = 0.75
 
@@ -161,52 +183,60 @@ def repair_sql(sql: str, context: str) -> str:
     """Mend what a small model writes amiss, by the form of the query and the names of its context alone.
 
     A text that does not end is closed, a constant that is no number is quoted (`= 18%`), and an unknown name
-    becomes the most similar one of the context. Nothing is executed, and of a query that is sound nothing
-    changes.
+    becomes the most similar one of the context. Nothing is executed, and a query that is sound is to stay as
+    it is.
     """
-    return _with_known_names(COMPARED.sub(_quoted, _with_texts_closed(sql)), context)
-
-
-def _with_texts_closed(sql: str) -> str:
-    if sql.count('"') % 2:
-        sql = OPEN_TEXT.sub(r'\1"\2"\3', sql)
-    return sql + '"' * (sql.count('"') % 2)
-
-
-def _quoted(match: re.Match[str]) -> str:
-    """A number, a name or an arithmetic expression stays; anything else was meant as a text."""
-    operator, value = match.groups()
-    tokens = [token for token in SQL_TOKEN.finditer(value) if not token[0].isspace()]
-    operands = [token[0] for token in tokens if not re.fullmatch(r"[.+*/|-]", token[0])]
-    are_sound = all(re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?|[^\W\d][\w$]*", one) for one in operands)
-    is_joined = len(operands) <= len(tokens) - len(operands) + 1 and EXPRESSION.fullmatch(value)
-    return match[0] if are_sound and is_joined else f'{operator}"{value}"'
-
-
-def _with_known_names(sql: str, context: str) -> str:
-    words = {token[2].lower(): token[2] for token in SQL_TOKEN.finditer(context) if token[2]}
-    sql = GLUED.sub(lambda match: _apart(match, words), sql)
-    aliases = {name.lower() for name in re.findall(r"\bas\s+(\w+)", sql, re.IGNORECASE)}
-    names = {word: name for word, name in words.items() if word not in SQL_WORDS | {"create", "table"}}
+    sql = _with_texts_closed(sql)
+    of_context = {token[2].lower(): token[2] for token in SQL_TOKEN.finditer(context) if token[2]}
+    known = SQL_WORDS | of_context.keys() | _made_names(sql)
+    sql = COMPARED.sub(functools.partial(_quoted, known=known), sql)
+    names = {word: name for word, name in of_context.items() if word not in SQL_WORDS | {"create", "table"}}
     return "".join(
-        token[0] if not token[2] or _is_known(token, words.keys() | aliases) else _nearest(token[2], names)
-        for token in SQL_TOKEN.finditer(sql)
+        _with_known_name(token, known, names) if token[2] else token[0] for token in SQL_TOKEN.finditer(sql)
     )
 
 
-def _apart(match: re.Match[str], words: Mapping[str, str]) -> str:
-    """`SELECTname` where `name` is a name of the context, and the whole is none."""
-    is_glued = match[2].lower() in words and match[0].lower() not in words
-    return f"{match[1]} {match[2]}" if is_glued else match[0]
+def _with_texts_closed(sql: str) -> str:
+    if not _is_open(sql):
+        return sql
+    sql = OPEN_TEXT.sub(r'\1"\2"\3', sql)
+    return sql + '"' * _is_open(sql)
 
 
-def _is_known(token: re.Match[str], known: Set[str]) -> bool:
-    """Whether a word is one of SQL's or of the query's, or stands where a function or a qualifier does."""
-    word, rest = token[2].lower(), token.string[token.end() :].lstrip()
-    return word in known or word in SQL_WORDS or rest.startswith(("(", "."))
+def _is_open(sql: str) -> bool:
+    return any(token[0] == '"' for token in SQL_TOKEN.finditer(sql))
 
 
-def _nearest(word: str, names: Mapping[str, str]) -> str:
+def _made_names(sql: str) -> set[str]:
+    without_texts = re.sub(QUOTED, '""', sql)
+    found = (name for pattern in MADE_NAMES for name in pattern.findall(without_texts))
+    return {word.lower() for names in found for word in re.findall(NAME, names)}
+
+
+def _quoted(match: re.Match[str], known: Set[str]) -> str:
+    """A number, a name or an arithmetic expression stays, and so do texts; anything else was meant as one."""
+    _, operator, value = match.groups()
+    if match[1] or re.fullmatch(VALUE, value, re.IGNORECASE):
+        return match[0]
+    start = SOUND_START.match(value)
+    if start and not NUMBER_WITH_COMMAS.fullmatch(value) and _names(start[1]) <= known:
+        return match[0]
+    return f'{operator}"{value}"'
+
+
+def _names(value: str) -> set[str]:
+    """Names of an expression, in lower case, without what qualifies them."""
+    return {name.lower() for name in re.findall(rf"(?<![\w$.])(?:{NAME}\s*\.\s*)*({NAME})", value)}
+
+
+def _with_known_name(token: re.Match[str], known: Set[str], names: Mapping[str, str]) -> str:
+    """A word that is none of SQL's, of the context's or of the query's becomes one, as far as it is similar."""
+    word, rest = token[2], token.string[token.end() :].lstrip()
+    if word.lower() in known or rest.startswith(("(", ".")):  # a function's, or what qualifies a name
+        return word
+    glued = GLUED.fullmatch(word)
+    if glued and glued[2].lower() in names:  # `SELECTname`
+        return f"{glued[1]} {glued[2]}"
     found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=SIMILAR_NAME)
     return names[found[0]] if found else word
 
