@@ -64,6 +64,23 @@ def test_what_is_no_path_of_a_file_is_refused(tmp_path, cell):
     assert "is no file" in refusal(tmp_path, cell)
 
 
+def test_a_column_of_long_texts_is_refused_without_repeating_them(tmp_path):
+    message = refusal(tmp_path, "SELECT a FROM t " * 100)
+    assert "row 0: " in message
+    assert "cannot be read: File name too long" in message
+    assert len(message) < 400
+
+
+def test_the_home_of_a_user_who_does_not_exist_is_no_file(tmp_path):
+    assert "~nosuchuser/x.sqlite is no file" in refusal(tmp_path, "~nosuchuser/x.sqlite")
+
+
+def test_a_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = make(tmp_path / "home" / "shop.sqlite")
+    assert absolute(tmp_path, "~/shop.sqlite") == [str(file)]
+
+
 def test_a_database_with_rows_in_its_log_is_refused(tmp_path):
     connection = sqlite3.connect(tmp_path / "shop.sqlite")
     connection.execute("PRAGMA journal_mode=wal")

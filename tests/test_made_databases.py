@@ -110,6 +110,58 @@ def test_constraints_of_the_context_are_kept():
     assert sum(counts) > 5 * len(counts)
 
 
+@pytest.mark.parametrize(
+    "context",
+    [
+        "CREATE TABLE t (a INT, b TEXT, CONSTRAINT t_pkey PRIMARY KEY (a))",
+        "CREATE TABLE t (a INT, b TEXT, CONSTRAINT u UNIQUE (a, b))",
+        "CREATE TABLE t (a INT, b TEXT, CONSTRAINT u UNIQUE (b COLLATE NOCASE))",
+        "CREATE TABLE t (a INT, b TEXT); CREATE UNIQUE INDEX i ON t (a)",
+        'CREATE TABLE t (a INT, b TEXT); CREATE UNIQUE INDEX i ON "t" ("b" COLLATE NOCASE DESC)',
+        "CREATE TABLE t (a INT, b TEXT); CREATE UNIQUE INDEX i ON t (a) WHERE b > 'c'",
+        "CREATE TABLE t (a INT, b TEXT COLLATE NOCASE UNIQUE)",
+        "CREATE TABLE t (a INT, b TEXT COLLATE RTRIM, UNIQUE (b))",
+        "CREATE TABLE t (a PRIMARY KEY, b)",
+        "CREATE TABLE t (c INT AS (a * 2), a INT, b TEXT)",
+        "CREATE TABLE t (a INT, c INT GENERATED ALWAYS AS (a * 2) STORED, b TEXT, UNIQUE (a, c))",
+        "CREATE TABLE t (a INT, b TEXT, PRIMARY KEY (a DESC))",
+        "CREATE TABLE t (a INT, b TEXT); CREATE UNIQUE INDEX i ON t (lower(b))",
+        "CREATE TABLE t (a INT, b TEXT, c INT AS (a % 5) UNIQUE)",
+        "CREATE TABLE t (a INT PRIMARY KEY, b TEXT); INSERT INTO t VALUES (1, 'x'), (4, 'Ann')",
+        "CREATE TABLE t (a INT UNIQUE ON CONFLICT IGNORE, b TEXT NOT NULL ON CONFLICT FAIL)",
+        "CREATE TABLE t (a INT, b TEXT[], c INTEGER[3], checked INT)",
+        "CREATE TABLE t (a INT, b TEXT, PRIMARY KEY (a, b)) STRICT, WITHOUT ROWID",
+        "CREATE TABLE t (a INT, b TEXT CHECK (b > 'c'), PRIMARY KEY (a)) WITHOUT ROWID, STRICT",
+    ],
+)
+def test_tables_are_filled_as_sqlite_takes_them(context):
+    gold = "SELECT b FROM t WHERE a > 3 AND (b = 'Ann' OR b IS NULL)"
+    counts = [n for ((n,),) in results(context, gold, "SELECT COUNT(*) FROM t")]
+    assert min(counts) > 0
+    assert sum(counts) > 5 * len(counts)
+    assert sum(bool(rows) for rows in results(context, gold, gold)) > 6
+
+
+def test_a_unique_column_keeps_other_letter_case_apart_unless_its_collation_does_not():
+    gold = "SELECT a FROM t WHERE b = 'Ann'"
+    for collation, differs in [("BINARY", True), ("NOCASE", False)]:
+        context = f"CREATE TABLE t (a INT, b TEXT COLLATE {collation} UNIQUE)"
+        found = results(context, gold, "SELECT COUNT(DISTINCT b) > COUNT(DISTINCT LOWER(b)) FROM t")
+        assert any(rows == [(1,)] for rows in found) is differs
+
+
+def test_a_column_named_like_an_order_is_one():
+    (table,) = read_tables("CREATE TABLE t (asc INT, desc TEXT, [2010] INT, PRIMARY KEY (desc))").values()
+    assert list(table.columns) == ["asc", "desc", "2010"]
+    assert table.columns["desc"].is_unique
+
+
+def test_a_unique_column_that_is_no_rowid_takes_a_text_constant():
+    context = "CREATE TABLE t (id INT, b TEXT, UNIQUE (id))"
+    gold = "SELECT b FROM t WHERE id = 'x'"
+    assert sum(bool(rows) for rows in results(context, gold, gold)) > 6
+
+
 def test_a_check_of_the_context_keeps_no_row_out():
     context = "CREATE TABLE t (a INTEGER CHECK (a > 100), b TEXT, CHECK (b IN ('x', 'y')))"
     counts = results(
@@ -119,8 +171,12 @@ def test_a_check_of_the_context_keeps_no_row_out():
 
 
 def test_a_text_constant_for_a_rowid_is_left_out():
-    context = "CREATE TABLE t (id INTEGER PRIMARY KEY, b TEXT)"
-    assert None not in results(context, "SELECT b FROM t WHERE id = 'x'", "SELECT COUNT(*) FROM t")
+    for context in (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, b TEXT)",
+        "CREATE TABLE t (id INTEGER, b TEXT, PRIMARY KEY (id))",
+    ):
+        gold = "SELECT b FROM t WHERE id = 'x' OR b = 'y'"
+        assert all(n > 0 for ((n,),) in results(context, gold, "SELECT COUNT(*) FROM t"))
 
 
 def test_a_number_too_large_for_sqlite_is_stored_as_sqlite_reads_it():
@@ -145,6 +201,12 @@ def test_a_query_that_does_not_parse_still_gives_rows_with_its_constants():
     gold = "SELECT name FROM singer WHERE ((( age = 30 'Ann'"
     assert "Ann" in everywhere(SINGERS, gold, "singer", 0)
     assert 30 in everywhere(SINGERS, gold, "singer", 1)
+
+
+@pytest.mark.parametrize("digits", ["9" * 400, "9" * 5000], ids=len)
+def test_a_number_of_hundreds_of_digits_is_infinite_as_in_sqlite(digits):
+    for gold in (f"SELECT name FROM singer WHERE age < {digits}", f"SELECT ((( age < {digits}"):
+        assert float("inf") in everywhere(SINGERS, gold, "singer", 1)
 
 
 def test_the_databases_are_those_of_the_seed():

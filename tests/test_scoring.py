@@ -12,6 +12,8 @@ from steps.text2sql.sql_execution import QueryError
 
 CONTEXT = "CREATE TABLE singer (name TEXT, age INTEGER)"
 GOLD = "SELECT name FROM singer WHERE age = 30"
+# Python reads integers of up to 4,300 digits.
+DIGITS = "9" * 5000
 
 
 @pytest.fixture
@@ -146,10 +148,77 @@ def test_an_empty_prediction_is_wrong_even_where_gold_finds_no_rows(database, pr
 def test_a_prediction_that_takes_too_long_is_wrong(database):
     endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n"
     found = scoring.judge(
-        context=CONTEXT, gold=GOLD, predicted=endless, stopped=False, database=database, timeout_seconds=0.1
+        context=CONTEXT, gold=GOLD, predicted=endless, stopped=False, database=database, timeout_seconds=2
     )
     assert (found.valid_sql, found.execution_accuracy, found.stopped) == (True, False, False)
-    assert (found.reason, found.detail) == ("time limit", "took over 0.1 s")
+    assert (found.reason, found.detail) == ("time limit", "took over 2 s")
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        "Table singer has columns name and age",
+        "CREATE TABLE singer (name ENUM('Ann', 'Bob'), age INTEGER) ENGINE=InnoDB",
+        "CREATE TABLE singer (full_name TEXT)",
+    ],
+)
+def test_a_row_with_a_database_is_judged_on_it_whatever_its_context_is(database, context):
+    assert judge(GOLD, database=database, context=context) == Verdict(True, True, True, True, True, "", "")
+    for predicted, reason in [
+        ("SELECT full_name FROM singer", "unknown column"),
+        ("SELECT name FROM song", "unknown table"),
+        ("DELETE FROM singer", "other error"),
+    ]:
+        found = judge(predicted, database=database, context=context)
+        assert (found.valid_sql, found.execution_accuracy, found.reason) == (False, False, reason)
+
+
+def test_a_database_that_does_not_open_is_the_rows_fault(tmp_path):
+    (tmp_path / "text.sqlite").write_text("text" * 1000)
+    found = judge(GOLD, database=tmp_path / "text.sqlite")
+    assert (found.valid_sql, found.reason) == (False, "cannot be judged")
+    assert found.detail == "context: text.sqlite: file is not a database"
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        pytest.param("SELECT name FROM singer ORDER BY age LIMIT 5.0", id="limit 5.0"),
+        pytest.param("SELECT name FROM singer ORDER BY age LIMIT 1e1", id="limit 1e1"),
+        pytest.param("SELECT name FROM singer ORDER BY age LIMIT 2 OFFSET 1.0", id="offset 1.0"),
+        pytest.param("SELECT name FROM singer ORDER BY 1.5", id="order by 1.5"),
+        pytest.param(f"SELECT name FROM singer ORDER BY {DIGITS}", id="order by digits"),
+        pytest.param("SELECT age FROM singer GROUP BY age HAVING COUNT(*) < 1e400", id="infinite size"),
+        pytest.param(f"SELECT name FROM singer WHERE name <> '{DIGITS}'", id="text of digits"),
+        pytest.param(f"SELECT name FROM singer WHERE age <> '{DIGITS}'", id="digits for a number"),
+        pytest.param(f"SELECT name FROM singer WHERE age < {DIGITS}", id="number of digits"),
+        pytest.param(f"SELECT name FROM singer WHERE age < {DIGITS[:400]}", id="more than a float holds"),
+    ],
+)
+def test_numbers_that_are_no_integers_of_python_are_judged(database, gold):
+    for place in (None, database):
+        found = judge(gold, gold=gold, database=place)
+        assert (found.execution_accuracy, found.detail) == (True, "")
+        assert judge("SELECT 'Eve'", gold=gold, database=place).reason == "wrong rows"
+
+
+def test_an_error_in_judging_costs_one_row_and_says_what_it_is(database, monkeypatch):
+    def fail(_: str) -> None:
+        raise ValueError("an odd number")
+
+    monkeypatch.setattr(scoring, "GoldQuery", fail)
+    found = judge(GOLD, database=database)
+    assert (found.exact_match, found.valid_sql, found.execution_accuracy) == (True, True, False)
+    assert (found.reason, found.detail) == ("cannot be judged", "gold: ValueError: an odd number")
+
+
+def test_an_error_of_the_machine_ends_judging(database, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(scoring, "run_query", fail)
+    with pytest.raises(OSError, match="no more processes"):
+        judge(GOLD, database=database)
 
 
 def test_without_a_database_the_rows_of_made_databases_decide():
@@ -176,9 +245,9 @@ def test_gold_that_fails_or_returns_nothing_is_the_rows_fault():
 def test_a_prediction_that_is_late_on_made_databases_is_no_wrong_rows():
     endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT COUNT(*) FROM n"
     found = scoring.judge(
-        context=CONTEXT, gold=GOLD, predicted=endless, stopped=True, database=None, timeout_seconds=0.2
+        context=CONTEXT, gold=GOLD, predicted=endless, stopped=True, database=None, timeout_seconds=2
     )
-    assert (found.reason, found.detail) == ("time limit", "took over 0.2 s on the made databases")
+    assert (found.reason, found.detail) == ("time limit", "took over 2 s on the made databases")
 
 
 def test_metrics_are_shares_of_all_rows():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steps.text2sql import sql_execution
-from steps.text2sql.sql_execution import QueryError, check_query
+from steps.text2sql.sql_execution import QueryError, check_query, check_query_on
 from steps.text2sql.sql_worker import MAX_ROWS
 
 CONTEXT = "CREATE TABLE singer (name TEXT, age INTEGER)"
@@ -215,6 +215,25 @@ def test_a_query_that_fits_its_context_is_valid(context):
 def test_a_query_that_does_not_fit_its_context_is_refused_with_the_reason(query, reason):
     with pytest.raises(QueryError, match=reason):
         check(CONTEXT, query)
+
+
+def test_a_query_is_prepared_against_a_database_file(database):
+    check_query_on(database, "SELECT name FROM singer", timeout_seconds=10)
+    check_query_on(database, f"{ENDLESS} SELECT x FROM n", timeout_seconds=10)
+    for query, reason in [
+        ("SELECT height FROM singer", "^no such column: height"),
+        ("DELETE FROM singer", "^not authorized"),
+    ]:
+        with pytest.raises(QueryError, match=reason):
+            check_query_on(database, query, timeout_seconds=10)
+
+
+def test_a_file_that_does_not_open_is_told_from_a_query_that_fails(tmp_path, database):
+    with pytest.raises(QueryError, match=r"^context: none\.sqlite: unable to open"):
+        check_query_on(tmp_path / "none.sqlite", "SELECT 1", timeout_seconds=10)
+    database.with_name("singers.sqlite-wal").write_text("unfinished")
+    with pytest.raises(QueryError, match=r"^context: singers\.sqlite has changes"):
+        check_query_on(database, "SELECT 1", timeout_seconds=10)
 
 
 def test_words_that_are_sql_only_after_explain_are_not_valid():

@@ -7,7 +7,7 @@ import re
 
 from sqlglot import exp
 
-from steps.text2sql.gold_query import Column, Condition, Needs, Value
+from steps.text2sql.gold_query import Column, ColumnType, Condition, Needs, Value, number_in
 
 NUMBER = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*")
 # Enough for a column of the largest table without repeating one.
@@ -74,7 +74,7 @@ def _near_text(text: str) -> list[Value]:
     elif text:
         near.append(text[:-1] + chr(min(ord(text[-1]) + 1, 0xD7FF)))
     if NUMBER.fullmatch(text):
-        near += _near_number(float(text) if "." in text else int(text), with_fractions=True)
+        near += _near_number(number_in(text), with_fractions=True)
     return near
 
 
@@ -107,8 +107,17 @@ def stored(value: Value, affinity: str) -> Value:
     if affinity == "TEXT" and isinstance(value, int | float):
         return str(value)
     if affinity in ("INTEGER", "REAL", "NUMERIC") and isinstance(value, str) and NUMBER.fullmatch(value):
-        return float(value) if "." in value else int(value)
+        return number_in(value)
     return value
+
+
+def told_apart(value: Value, kind: ColumnType) -> Value:
+    """What a unique column tells the value from others by: it as stored, less what its collation ignores."""
+    value = stored(value, kind.affinity)
+    if not isinstance(value, str):
+        return value
+    value = value.lower() if kind.collation == "NOCASE" else value
+    return value.rstrip(" ") if kind.collation == "RTRIM" else value
 
 
 def holds(condition: Condition, value: Value, affinity: str) -> bool:

@@ -21,6 +21,8 @@ FOLDER = "databases"
 MAGIC = b"SQLite format 3\x00"
 # They are kept with every prepared dataset, and fetched by every evaluation.
 MAX_BYTES = 2 * 2**30
+# Characters of a path in a message, of which five are named.
+MOST_SHOWN = 200
 
 
 def absolute(cells: pandas.Series, folder: Path, *, problem: str) -> pandas.Series:
@@ -31,7 +33,7 @@ def absolute(cells: pandas.Series, folder: Path, *, problem: str) -> pandas.Seri
     """
     paths = cells.map(lambda cell: _path(cell, folder)).astype(object)
     wrong = {path: why for path in paths.dropna().unique() if (why := _trouble(path))}
-    rows = [f"row {row}: {path} {wrong[path]}" for row, path in paths.items() if path in wrong]
+    rows = [f"row {row}: {_shown(path)} {wrong[path]}" for row, path in paths.items() if path in wrong]
     if rows:
         more = f" (and {len(rows) - 5} more)" if len(rows) > 5 else ""
         raise UserError(f"{problem}: {'; '.join(rows[:5])}{more}. Rows count from 0.")
@@ -41,19 +43,29 @@ def absolute(cells: pandas.Series, folder: Path, *, problem: str) -> pandas.Seri
 def _path(cell: Any, folder: Path) -> str | None:
     if pandas.api.types.is_scalar(cell) and (pandas.isna(cell) or not str(cell).strip()):
         return None
-    return str(folder / Path(str(cell).strip()).expanduser())
+    # Not Path.expanduser, which raises for a user who does not exist.
+    return str(folder / os.path.expanduser(str(cell).strip()))
+
+
+def _shown(path: str) -> str:
+    """A path in a message; its beginning where the column named is one of long texts."""
+    return path if len(path) <= MOST_SHOWN else f"{path[:MOST_SHOWN]} …"
 
 
 def _trouble(path: str) -> str:
     """What keeps a file from being a test row's database; empty if nothing does."""
-    if not Path(path).is_file():
-        return "is no file"
     try:
-        with Path(path).open("rb") as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                return "is no SQLite database"
-    except OSError as error:
+        return _content_trouble(Path(path))
+    except OSError as error:  # also a name that is too long
         return f"cannot be read: {error.strerror}"
+
+
+def _content_trouble(path: Path) -> str:
+    if not path.is_file():
+        return "is no file"
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            return "is no SQLite database"
     log = Path(f"{path}-wal")
     if log.is_file() and log.stat().st_size:
         return "is open for writing or was not closed: a copy would lack what is in its -wal file; close it"

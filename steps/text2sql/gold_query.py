@@ -5,10 +5,11 @@ Read from their parse trees. As in SQLite, a double-quoted name that is no colum
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import sqlglot
@@ -26,6 +27,16 @@ ARITHMETIC = (exp.Sum, exp.Avg, exp.Add, exp.Sub, exp.Mul, exp.Div, exp.Mod, exp
 MIRRORED = {exp.GT: exp.LT, exp.GTE: exp.LTE, exp.LT: exp.GT, exp.LTE: exp.GTE}
 DATE_FUNCTIONS = (exp.TimeToStr, exp.Date, exp.Time, exp.TsOrDsToTimestamp, exp.TsOrDsToDate, exp.Extract)
 DATE_FUNCTION_NAMES = {"strftime", "julianday", "unixepoch", "datetime", "date", "time"}
+GENERATED = (exp.ComputedColumnConstraint, exp.GeneratedAsIdentityColumnConstraint)
+# SQLite takes these and sqlglot does not; which rows a table can hold is the same without them.
+NOT_READ = re.compile(
+    r"""\bON\s+CONFLICT\s+(?:ROLLBACK|ABORT|FAIL|IGNORE|REPLACE)\b
+    | (?<=[\w"`\]])\s+(?:ASC|DESC)(?=\s*[,)])    # a column named desc has no name before it
+    | (?<=\w)\[\d*\]
+    | ,\s*WITHOUT\s+ROWID\b
+    | \bWITHOUT\s+ROWID\b(?:\s*,)?""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 class Column(NamedTuple):
@@ -37,17 +48,25 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class ColumnType:
-    """What a column can hold: SQLite's affinity, and whether constraints forbid NULLs or repeated values."""
+    """What a column can hold: SQLite's affinity, and whether constraints forbid NULLs or repeated values.
+
+    `collation` says which texts count as repeated, `is_rowid` that it may be the rowid: integers only.
+    """
 
     affinity: str
     is_unique: bool = False
     is_required: bool = False
     is_date: bool = False
+    collation: str = "BINARY"
+    is_rowid: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as the context creates it: its columns in order, and those that are unique together."""
+    """A table as the context creates it: its columns in order, and those that are unique together.
+
+    Generated columns are left out: no row gives a value for them.
+    """
 
     name: str
     columns: dict[str, ColumnType]
@@ -96,19 +115,29 @@ def read_tables(context: str) -> dict[str, Table]:
     Raises:
         QueryError: the statements do not parse.
     """
+    created = [statement for statement in _statements(context) if isinstance(statement, exp.Create)]
+    schemas = [statement.this for statement in created if isinstance(statement.this, exp.Schema)]
+    tables = {schema.this.name.lower(): _table(schema) for schema in schemas}
+    for index in (s.this for s in created if isinstance(s.this, exp.Index) and s.args.get("unique")):
+        table, params = index.args.get("table"), index.args.get("params")
+        if table and params and table.name.lower() in tables:
+            name = table.name.lower()
+            tables[name] = _with_key(tables[name], params.args.get("columns") or [])
+    return tables
+
+
+def _statements(context: str) -> list[exp.Expression]:
     try:
-        statements = sqlglot.parse(context, read="sqlite")
+        return [s for s in sqlglot.parse(NOT_READ.sub(" ", context), read="sqlite") if s]
     except (SqlglotError, RecursionError) as error:
         raise QueryError(f"context: {error}") from error
-    created = [s.this for s in statements if isinstance(s, exp.Create) and isinstance(s.this, exp.Schema)]
-    return {schema.this.name.lower(): _table(schema) for schema in created}
 
 
 def without_checks(context: str) -> str:
     """The statements without their CHECK constraints, which rows that are made may not meet."""
     if "check" not in context.lower():
         return context
-    statements = [statement for statement in sqlglot.parse(context, read="sqlite") if statement]
+    statements = _statements(context)
     for statement in statements:
         for check in list(statement.find_all(exp.CheckColumnConstraint)):
             is_of_column = isinstance(check.parent, exp.ColumnConstraint)
@@ -117,30 +146,73 @@ def without_checks(context: str) -> str:
 
 
 def _table(schema: exp.Schema) -> Table:
-    columns, together = {}, []
+    columns, constraints = {}, []
     for part in schema.expressions:
-        if isinstance(part, exp.ColumnDef | exp.Identifier):
+        if isinstance(part, exp.Constraint):
+            constraints += part.expressions
+        elif not isinstance(part, exp.ColumnDef | exp.Identifier):
+            constraints.append(part)
+        elif not any(isinstance(kind, GENERATED) for kind in _constraint_kinds(part)):
             columns[part.name.lower()] = _column_type(part)
-        elif isinstance(part, exp.PrimaryKey | exp.UniqueColumnConstraint):
-            names = (
-                part.this.expressions if isinstance(part, exp.UniqueColumnConstraint) else part.expressions
-            )
-            together.append(tuple(name.name.lower() for name in names))
-    return Table(schema.this.name, columns, tuple(together))
+    table = Table(schema.this.name, columns)
+    for constraint in constraints:
+        if isinstance(constraint, exp.PrimaryKey):
+            table = _with_key(table, constraint.expressions, is_primary=True)
+        elif isinstance(constraint, exp.UniqueColumnConstraint) and constraint.this:
+            table = _with_key(table, constraint.this.expressions)
+    return table
+
+
+def _with_key(table: Table, parts: Sequence[exp.Expression], *, is_primary: bool = False) -> Table:
+    """The table with a PRIMARY KEY, UNIQUE or unique index over these parts."""
+    columns = dict(table.columns)
+    names = []
+    for part in parts:
+        name = (part.find(exp.Identifier) or part).name.lower()
+        if name in columns:
+            names.append(name)
+            kind = columns[name]
+            collation = _collation(part) or kind.collation
+            columns[name] = replace(kind, is_required=kind.is_required or is_primary, collation=collation)
+    if len(names) > 1:
+        together = (*table.unique_together, tuple(names))
+        return replace(table, columns=columns, unique_together=together)
+    for name in names:
+        is_rowid = columns[name].is_rowid or is_primary and columns[name].affinity == "INTEGER"
+        columns[name] = replace(columns[name], is_unique=True, is_rowid=is_rowid)
+    return replace(table, columns=columns)
+
+
+def _constraint_kinds(column: exp.Expression) -> list[exp.Expression | None]:
+    return [constraint.args.get("kind") for constraint in column.args.get("constraints") or []]
+
+
+def _collation(part: exp.Expression) -> str:
+    """The collation that a column or a part of a key names, empty if none."""
+    clause = part.find(exp.Collate, exp.CollateColumnConstraint)
+    if clause is None:
+        return ""
+    return (clause.expression if isinstance(clause, exp.Collate) else clause.this).name.upper()
 
 
 def _column_type(part: exp.Expression) -> ColumnType:
-    if not isinstance(part, exp.ColumnDef) or not part.args.get("kind"):
-        return ColumnType("BLOB")
-    declared = part.args["kind"].sql().upper()
-    kinds = [constraint.args.get("kind") for constraint in part.args.get("constraints") or []]
+    declared = part.args["kind"].sql().upper() if part.args.get("kind") else ""
+    kinds = _constraint_kinds(part)
     is_key = any(isinstance(kind, exp.PrimaryKeyColumnConstraint) for kind in kinds)
     is_unique = is_key or any(isinstance(kind, exp.UniqueColumnConstraint) for kind in kinds)
     is_not_null = any(
         isinstance(k, exp.NotNullColumnConstraint) and not k.args.get("allow_null") for k in kinds
     )
     is_date = declared.startswith(("DATE", "TIMESTAMP"))
-    return ColumnType(_affinity(declared), is_unique, is_key or is_not_null, is_date)
+    affinity = _affinity(declared) if declared else "BLOB"
+    return ColumnType(
+        affinity,
+        is_unique=is_unique,
+        is_required=is_key or is_not_null,
+        is_date=is_date,
+        collation=_collation(part) or "BINARY",
+        is_rowid=is_key and affinity == "INTEGER",
+    )
 
 
 def _affinity(declared: str) -> str:
@@ -192,7 +264,7 @@ def read_needs(tables: dict[str, Table], gold: str) -> Needs:
 def _needs_by_words(tables: dict[str, Table], gold: str) -> Needs:
     """Every constant in every column."""
     words = [text for _, text in re.findall(r"(['\"])(.*?)\1", gold)]
-    numbers = [float(n) if "." in n else int(n) for n in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", gold)]
+    numbers = [number_in(n) for n in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", gold)]
     needs = Needs()
     for table in tables.values():
         for name in table.columns:
@@ -207,7 +279,7 @@ def _read_predicate(node: exp.Expression, reader: _Reader, needs: Needs) -> None
     columns = [c for part in operands for c in reader.columns_below(part)]
     constants = [c for part in operands for c in reader.constants_below(part)]
     if any(part.find(exp.Count) for part in operands):
-        needs.group_sizes += [int(c) for c in constants if isinstance(c, int | float)]
+        needs.group_sizes += [int(c) for c in constants if isinstance(c, int | float) and math.isfinite(c)]
         return
     for column in columns:
         needs.constants[column] += constants
@@ -362,10 +434,20 @@ def _literal(node: exp.Literal) -> Value:
         return node.this
     negative = isinstance(node.parent, exp.Neg)
     try:
-        number = int(node.this)
-    except ValueError:
-        try:
-            number = float(node.this)
-        except ValueError:  # 0x1F
-            return node.this
+        number = number_in(node.this)
+    except ValueError:  # 0x1F
+        return node.this
     return -number if negative else number
+
+
+def number_in(text: str) -> int | float:
+    """The number that a text is: as in SQLite, what does not fit into 64 bits is a float, or infinite.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        number = int(text)
+    except ValueError:  # 5.0, 1e9, or more digits than Python reads
+        return float(text)
+    return number if abs(number) < 2**63 else float(text)

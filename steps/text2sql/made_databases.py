@@ -20,6 +20,7 @@ from steps.text2sql.column_values import (
     ordinary_numbers,
     ordinary_words,
     rank,
+    told_apart,
 )
 from steps.text2sql.gold_query import (
     Column,
@@ -213,7 +214,7 @@ class _Maker:
         kind = self._type(column)
         if kind.is_required:
             pool = [value for value in pool if value is not None]
-        if kind.is_unique and kind.affinity == "INTEGER":  # may be the rowid, which takes nothing else
+        if kind.is_rowid:
             pool = [value for value in pool if isinstance(value, int)] or list(range(1, MOST_ROWS))
         return pool
 
@@ -308,14 +309,15 @@ def _families(columns: Sequence[Column], needs: Needs) -> dict[Column, tuple[Col
 
 
 def _without_clashes(table: Table, rows: list[Row]) -> list[Row]:
-    """The rows that keep the table's UNIQUE and PRIMARY KEY constraints."""
+    """The rows that keep the table's UNIQUE and PRIMARY KEY constraints and unique indexes."""
     names = list(table.columns)
     keys = [(n,) for n in names if table.columns[n].is_unique] + list(table.unique_together)
     places = [[names.index(name) for name in key] for key in keys]
     seen: set[tuple] = set()
     kept = []
     for row in rows:
-        marks = {(i, *(row[p] for p in place)) for i, place in enumerate(places)}
+        told = [told_apart(value, kind) for value, kind in zip(row, table.columns.values(), strict=True)]
+        marks = {(i, *(told[p] for p in place)) for i, place in enumerate(places)}
         if not marks & seen:
             kept.append(row)
             seen |= marks

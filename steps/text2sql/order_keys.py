@@ -78,8 +78,9 @@ def keyed_query(query: exp.Expression) -> KeyedQuery | None:
 
 def _output(key: exp.Expression, outputs: Sequence[exp.Expression]) -> int | None:
     """The place of the output that a key of ORDER BY names, by number, by alias or by writing it again."""
-    if isinstance(key, exp.Literal) and not key.is_string:
-        return int(key.this) - 1
+    number = _integer(key)
+    if number is not None:
+        return number - 1
     if any(output.is_star for output in outputs):
         return None
     names = [output.alias.lower() for output in outputs]
@@ -97,5 +98,14 @@ def _without_collation(key: exp.Expression) -> exp.Expression:
 def _number(clause: exp.Expression | None, missing: int | None) -> int | None:
     if clause is None:
         return missing
-    value = clause.expression
-    return int(value.this) if isinstance(value, exp.Literal) and not value.is_string else NotImplemented
+    number = _integer(clause.expression)
+    return NotImplemented if number is None else number
+
+
+def _integer(node: exp.Expression) -> int | None:
+    if not isinstance(node, exp.Literal) or node.is_string:
+        return None
+    try:
+        return int(node.this)
+    except ValueError:  # 5.0, 1e1, or more digits than Python reads
+        return None

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scipy.stats import binomtest
+from sqlglot.errors import SqlglotError
 
 from steps.text2sql import failures
 from steps.text2sql.gold_answers import Answer, Comparison, GoldQuery
 from steps.text2sql.made_databases import make_databases
-from steps.text2sql.sql_execution import QueryError, check_query, run_query
+from steps.text2sql.sql_execution import MadeDatabase, QueryError, check_query_on, run_query
 
 # The metric that decides on promotion.
 EXECUTION_ACCURACY = "execution_accuracy"
@@ -23,6 +24,18 @@ BASE_PREFIX = "base_"
 UNREPAIRED_PREFIX = "unrepaired_"
 OTHER_ROWS = "other rows than gold"
 METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "stopped")
+# What a gold query that was not foreseen makes the code raise that reads it. Errors of the machine are not
+# among them: they end the run.
+FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SqlglotError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ def execution_difference_on(database: Path, gold: str, predicted: str, *, timeou
     try:
         expected = query.answer_from(database, timeout_seconds=timeout_seconds)
     except QueryError as error:
-        raise QueryError(f"gold: {error}") from error
+        raise _of_gold(error) from error
     try:
         found = run_query(database, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
@@ -116,26 +129,31 @@ def _gold_answers(
         try:
             answers.append(query.answer(database, timeout_seconds=timeout_seconds))
         except QueryError as error:
-            raise error if str(error).startswith("context: ") else QueryError(f"gold: {error}") from error
+            raise _of_gold(error) from error
     return tuple(answer for answer in answers if answer is not None), query.may_permute
+
+
+def _of_gold(error: QueryError) -> QueryError:
+    return error if str(error).startswith("context: ") else QueryError(f"gold: {error}")
 
 
 def judge(
     *, context: str, gold: str, predicted: str, stopped: bool, database: Path | None, timeout_seconds: float
 ) -> Verdict:
-    """All scores of one prediction."""
-    detail, is_valid = "", True
+    """All scores of one prediction: on the row's database, or from its context where it has none."""
+    is_valid = False
     try:
-        check_query(context, predicted, timeout_seconds=timeout_seconds)
-    except QueryError as error:
-        is_valid, detail = False, str(error)
-    try:
-        if is_valid and database:
+        tables = database or MadeDatabase(context, {})
+        check_query_on(tables, predicted, timeout_seconds=timeout_seconds)
+        is_valid = True
+        if database:
             detail = execution_difference_on(database, gold, predicted, timeout_seconds=timeout_seconds)
-        elif is_valid:
+        else:
             detail = execution_difference(context, gold, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
         detail = str(error)
+    except FAULTS as error:  # one row less, rather than all answers lost
+        detail = f"gold: {type(error).__name__}: {error}"
     return Verdict(
         exact_match=exact_match(gold, predicted),
         exact_match_case=exact_match(gold, predicted, ignore_case=False),

@@ -25,7 +25,10 @@ Row = tuple[object, ...]
 
 
 class QueryError(Exception):
-    """The query did not return a result; the message is the reason, such as `no such column: x`."""
+    """The query did not return a result; the message is the reason, such as `no such column: x`.
+
+    It begins with `context: ` where there are no tables to query: the database cannot be opened or made.
+    """
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,16 @@ def check_query(context: str, query: str, *, timeout_seconds: float) -> None:
     Raises:
         QueryError: the context does not execute, or the query is not valid for its tables.
     """
-    (result,) = _results(MadeDatabase(context, {}), "check", [query], timeout_seconds)
+    check_query_on(MadeDatabase(context, {}), query, timeout_seconds=timeout_seconds)
+
+
+def check_query_on(database: Database, query: str, *, timeout_seconds: float) -> None:
+    """Prepare a query against the tables of a database, without running it.
+
+    Raises:
+        QueryError: the database cannot be opened or made, or the query is not valid for its tables.
+    """
+    (result,) = _results(database, "check", [query], timeout_seconds)
     if isinstance(result, QueryError):
         raise result
 
@@ -78,7 +90,7 @@ def check_query(context: str, query: str, *, timeout_seconds: float) -> None:
 def _results(
     database: Database, action: str, queries: Sequence[str], timeout_seconds: float
 ) -> list[list[Row] | QueryError]:
-    what = "context: " if isinstance(database, MadeDatabase) else ""
+    what = "context: " if isinstance(database, MadeDatabase) else f"context: {database.name}: "
     opening, texts, results = _opening(database), [_cut(query) for query in queries], []
     with PROCESS.lock:
         while True:
@@ -114,7 +126,7 @@ def _opening(database: Database) -> dict[str, object]:
         # Both would have to be worked off, which is writing, before the file alone says what is in it.
         if unfinished.exists() and unfinished.stat().st_size:
             raise QueryError(
-                f"{path.name} has changes in {unfinished.name}: close the program that writes it"
+                f"context: {path.name} has changes in {unfinished.name}: close the program that writes it"
             )
     return {"uri": path.as_uri()}
 

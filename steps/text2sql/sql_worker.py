@@ -118,7 +118,7 @@ def make(context: str, rows: dict[str, list[list[object]]], deadline: float) -> 
         for table, values in rows.items():
             places = ", ".join("?" * len(values[0])) if values else ""
             name = table.replace('"', '""')
-            connection.executemany(f'INSERT INTO "{name}" VALUES ({places})', values)
+            connection.executemany(f'INSERT OR IGNORE INTO "{name}" VALUES ({places})', values)
         connection.commit()
     return connection
 
