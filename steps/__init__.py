@@ -2,6 +2,12 @@
 
 import logging
 import os
+import signal
+import sys
+
+# Until a step listens to signals, and after it, Ctrl-C ends its process without a traceback of its imports.
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # On CPUs with native bf16 it asks, while it is imported, for kernels that would be fetched from a hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -12,12 +12,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from mlflow.artifacts import download_artifacts
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from steps.text2sql import artifacts, launch_config, launching
+from steps.text2sql import artifacts, launch_config, launching, ranks
 from steps.text2sql.errors import Interrupted, UserError
 from tests.conftest import PROJECT, QUICK, call_step, defaults, failure, words
 
-END_LIMIT_SECONDS = 30
+END_LIMIT_SECONDS = 120
 ON_CPU = {"distributed_type": "MULTI_CPU", "num_processes": 2, "use_cpu": True}
 
 
@@ -202,3 +203,35 @@ def test_one_that_does_not_end_well_ends_all_with_its_reason(store, config, capf
     assert "from 0" in printed.out
     assert "from 1" not in printed.out
     assert printed.err.count("Traceback") == (how == "breaks")
+
+
+SIGKILL, SIGTERM = -signal.SIGKILL, -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("ended", "told", "problem"),
+    [
+        # process: (second, exit status), in the order in which torch noticed; process: (kind, time)
+        ({0: (5, 1), 1: (5, SIGKILL)}, {0: ("left", 2.0)}, "process 1 was killed by SIGKILL"),
+        ({0: (5, 1), 1: (5, SIGKILL)}, {0: ("stopped", 2.0)}, "process 1 was killed by SIGKILL"),
+        ({0: (5, 1), 1: (6, SIGKILL)}, {0: ("left", 2.0)}, "process 1 was killed by SIGKILL"),
+        ({0: (5, 1), 1: (5, 1)}, {0: ("left", 3.0), 1: ("stopped", 2.0)}, ""),
+        (
+            {0: (5, 1), 1: (5, 1)},
+            {0: ("stopped", 3.0), 1: ("left", 2.0)},
+            "process 1 ended with exit status 1",
+        ),
+        ({1: (5, 1), 0: (25, SIGKILL)}, {1: ("stopped", 2.0)}, ""),  # 0 did not end by itself when asked to
+        ({1: (5, 1), 0: (5, SIGTERM)}, {1: ("stopped", 2.0)}, ""),
+        ({1: (5, SIGTERM), 0: (6, SIGTERM)}, {}, "process 1 was killed by SIGTERM"),
+        ({0: (5, 3), 1: (5, SIGTERM)}, {}, "process 0 ended with exit status 3"),
+    ],
+)
+def test_the_process_is_named_that_ended_all(ended, told, problem):
+    failures = {}
+    for process, (second, status) in ended.items():
+        failures[process] = ProcessFailure(process, 100 + process, status, "/no/such/file")
+        failures[process].timestamp = second
+    endings = {process: ranks.Ending(kind, "", "", time, process) for process, (kind, time) in told.items()}
+    found = launching._problem(ChildFailedError("a step", failures), endings)
+    assert found.startswith(problem) if problem else found == ""

@@ -30,6 +30,14 @@ time.sleep(600)
 """
 # A project whose step would take long, and says when it has begun.
 SLEEPING = "name: sleeping\nentry_points:\n  evaluate:\n    command: touch begun; exec sleep 600\n"
+# One whose step says that a signal stopped it.
+STOPPED_ALONE = """\
+name: stopped
+entry_points:
+  evaluate:
+    command: >-
+      python -c "import mlflow, sys; mlflow.start_run(); mlflow.set_tag('stopped_by', 'SIGTERM'); sys.exit(1)"
+"""
 LIMIT_SECONDS = 60
 
 
@@ -96,6 +104,16 @@ def test_a_signal_ends_the_step_that_a_step_started_and_kills_both_runs(store, t
     assert not any(processes._is_alive(one) for one in family)
     runs = mlflow.search_runs(output_format="list")
     assert [(run.info.status, run.data.tags["stopped_by"]) for run in runs] == [("KILLED", "SIGTERM")] * 2
+
+
+def test_a_step_that_was_stopped_alone_stops_the_one_that_started_it(store, tmp_path, monkeypatch):
+    (tmp_path / "MLproject").write_text(STOPPED_ALONE)
+    monkeypatch.setattr(child_runs, "PROJECT", tmp_path)
+    with pytest.raises(SystemExit, match="^\nStopped by SIGTERM.$"):
+        step_run.run_in_run(lambda: child_runs.run("evaluate", {}))
+    runs = mlflow.search_runs(output_format="list")
+    assert [(run.info.status, run.data.tags["stopped_by"]) for run in runs] == [("KILLED", "SIGTERM")] * 2
+    assert not any("failure_reason" in run.data.tags for run in runs)
 
 
 def test_a_step_ends_when_its_launcher_is_killed(tmp_path):

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +22,7 @@ from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.model_versions import model_version
 from steps.text2sql.run_log import log_settings
 from steps.text2sql.step_run import run_in_run
+from tests.conftest import PROJECT
 
 NO_FILES = '{"files": {}}'
 
@@ -162,6 +166,54 @@ def test_sigterm_kills_the_run():
     assert last_run().info.status == "KILLED"
     assert last_run().data.tags["stopped_by"] == "SIGTERM"
     assert "failure_reason" not in last_run().data.tags
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_run_is_made_kills_the_run(monkeypatch, number):
+    start_run = mlflow.start_run
+
+    def interrupted(**named):
+        os.kill(os.getpid(), number)
+        return start_run(**named)
+
+    monkeypatch.setattr(mlflow, "start_run", interrupted)
+    message = exit_text(lambda: pytest.fail("the body was called"))
+    assert message == f"\nStopped by {number.name}."
+    assert (last_run().info.status, last_run().data.tags["stopped_by"]) == ("KILLED", number.name)
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    ("body", "status"), [(lambda: None, "FINISHED"), (ends_with(UserError("no")), "FAILED")]
+)
+def test_a_signal_while_the_run_ends_changes_nothing(monkeypatch, body, status):
+    end_run = mlflow.end_run
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        end_run(*given)
+
+    monkeypatch.setattr(mlflow, "end_run", interrupted)
+    with nullcontext() if status == "FINISHED" else pytest.raises(SystemExit, match="Error: no"):
+        run_in_run(body)
+    assert last_run().info.status == status
+
+
+def test_ctrl_c_during_the_imports_ends_a_step_without_a_traceback(tmp_path):
+    (tmp_path / "datasets.py").write_text("import time\nprint('imports', flush=True)\ntime.sleep(600)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steps.train"],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout.readline() == "imports\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == ""
+    assert process.returncode == -signal.SIGINT
 
 
 @pytest.mark.usefixtures("store")

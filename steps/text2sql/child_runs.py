@@ -37,9 +37,12 @@ def run(step: str, values: Mapping[str, str], watch: Watch = nullcontext) -> Run
                 run_name=step,
             )
     except ExecutionException as error:
-        reason = end_child(step, stopped_by=stopper.stopped_by)
-        if not stopper.stopped_by:
+        # One that was asked to stop itself, or noticed first that `mlflow run` is gone, has said so.
+        stopped_by = stopper.stopped_by or _tag(step, TAG_STOPPED_BY)
+        reason = end_child(step, stopped_by=stopped_by)
+        if not stopped_by:
             raise UserError(f"{step} failed: {reason}") from error
+        raise Interrupted(stopped_by) from error
     if stopper.stopped_by:
         raise Interrupted(stopper.stopped_by)
     return mlflow.get_run(submitted.run_id)
@@ -55,6 +58,12 @@ def newest_child(parent: str, step: str) -> str:
         max_results=1,
     )
     return found[0].info.run_id if found else ""
+
+
+def _tag(step: str, tag: str) -> str:
+    """A tag of this run's newest child `step`; empty where it has none, or there is no such child."""
+    found = newest_child(run_id(), step)
+    return mlflow.get_run(found).data.tags.get(tag, "") if found else ""
 
 
 def curve(run: str, metric: str) -> list[float]:

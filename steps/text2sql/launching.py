@@ -5,7 +5,9 @@ answers a failure or a signal with tracebacks, and a second signal leaves its ch
 """
 
 import logging
+import math
 import os
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +97,7 @@ def _reason(
     failed, stopped, left = (
         [one for one in endings if one.kind == kind] for kind in ("failed", "stopped", "left")
     )
-    problem = _problem(error, {one.process: one.kind for one in endings})
+    problem = _problem(error, {one.process: one for one in endings})
     if stopped_by or (stopped and not failed and not problem):
         go_on = next((one.go_on for one in stopped if one.go_on), "")
         return Interrupted(stopped_by or stopped[0].text, go_on)
@@ -106,16 +108,24 @@ def _reason(
     return None
 
 
-def _problem(error: Exception | None, told: Mapping[int, ranks.Kind]) -> str:
+def _problem(error: Exception | None, told: Mapping[int, ranks.Ending]) -> str:
     """What went wrong, in words; nothing where the process that ended the others was asked to stop."""
     if not isinstance(error, ChildFailedError):
         return f"{type(error).__name__}: {error}" if error else ""
-    # Once one has failed, torch asks the others to stop: only the first says why all ended.
-    first, failure = error.get_first_failure()
-    if told.get(first) == "left":  # by one that may have been noticed at the same time, and told nothing
-        silent = (one for one in error.failures if one not in told)
-        first = next((one for one in silent if error.failures[one].timestamp == failure.timestamp), first)
-    return "" if told.get(first) == "stopped" else _ended(first, error.failures[first])
+    first = _first_to_end(error, told)
+    is_stopped = first in told and told[first].kind == "stopped"
+    return "" if is_stopped else _ended(first, error.failures[first])
+
+
+def _first_to_end(error: ChildFailedError, told: Mapping[int, ranks.Ending]) -> int:
+    """The process that ended all: once one has failed, torch asks the others to stop with SIGTERM.
+
+    torch notes whole seconds, and may notice two at once: one that told nothing was the first then.
+    """
+    earliest = error.get_first_failure()[1].timestamp
+    found = [process for process, one in error.failures.items() if one.timestamp <= earliest + 1]
+    silent = [p for p in found if p not in told and error.failures[p].exitcode != -signal.SIGTERM]
+    return (silent or sorted(found, key=lambda p: told[p].time if p in told else math.inf))[0]
 
 
 def _ended(process: int, failure: ProcessFailure) -> str:

@@ -59,15 +59,19 @@ def run_in_run(
         return
     with processes.on_signals(processes.raise_interrupt):
         check_store()
-        run = mlflow.start_run(
-            log_system_metrics=None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else measure
-        )
+        with processes.held_signals() as held:  # a run that is just being made could not be ended
+            run = mlflow.start_run(
+                log_system_metrics=None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else measure
+            )
         with liveness.announced(run.info.run_id):
-            _run(body, (UserError, *user_errors))
+            _run(body, (UserError, *user_errors), held)
 
 
-def _run(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
+def _run(body: Callable[[], None], user_errors: tuple[type[Exception], ...], held: list[str]) -> None:
+    """Call a body in its run, and end that; `held` names a signal that came before."""
     try:
+        if held:
+            raise KeyboardInterrupt(held[0])
         begin()
         body()
     except user_errors as error:
@@ -80,7 +84,8 @@ def _run(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> 
     except BaseException as error:
         _end("FAILED", TAG_FAILURE, f"{type(error).__name__}: {error}")
         raise
-    mlflow.end_run()
+    with processes.held_signals():  # as above
+        mlflow.end_run()
 
 
 def begin() -> None:
@@ -115,12 +120,13 @@ def _way_on(error: BaseException) -> str:
 
 def _run_as_one_of_several(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
     """Call a body in a process whose launcher owns the run, ends it, and says why."""
-    with processes.on_signals(processes.raise_interrupt):
-        try:
+    try:
+        with processes.on_signals(processes.raise_interrupt):
             _run_and_tell(body, user_errors)
-        except KeyboardInterrupt as error:  # perhaps while another error was told
-            ranks.tell_ending("stopped", str(error) or "SIGINT")
-            raise SystemExit(1) from error
+    except KeyboardInterrupt as error:  # perhaps while another error was told
+        processes.ignore_terminations()
+        ranks.tell_ending("stopped", str(error) or "SIGINT")
+        raise SystemExit(1) from error
 
 
 def _run_and_tell(body: Callable[[], None], user_errors: tuple[type[Exception], ...]) -> None:
