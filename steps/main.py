@@ -14,6 +14,7 @@ from steps.text2sql import (
     earlier_runs,
     launch_config,
     mlproject,
+    prompt_registry,
     remote_step,
     resume,
     reuse,
@@ -44,6 +45,8 @@ def main(params: MainParams) -> None:
 def chain(params: MainParams) -> None:
     """Run the steps, each with what the ones before it found out."""
     check_devices(params.steps["train"])
+    of_register = mlproject.defaults("register") | params.steps["register"]
+    prompt_registry.check_model_name(of_register["registered_model_name"])
     runs = {"prepare_data": run_step("prepare_data", params)}
     tags = runs["prepare_data"].data.tags
     run_log.tag_data(base_model=tags[store_names.TAG_BASE_MODEL], dataset=tags[store_names.TAG_DATASET])

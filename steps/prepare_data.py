@@ -1,5 +1,6 @@
 """Resolve base model and dataset; check, split and tokenize the rows."""
 
+import json
 from pathlib import Path
 
 import datasets
@@ -32,6 +33,8 @@ from steps.text2sql.params import PrepareDataParams
 from steps.text2sql.sql_model import PROMPT_TEMPLATE, BaseModelError, load_base_tokenizer
 from steps.text2sql.tokenization import fingerprint
 
+# Parameters that the manifest keeps.
+RECORDED = ("prompt_style", "max_length", "split_by", "test_size", "seed")
 OVERLAPS = (("validation", "train"), ("validation", "test"), ("test", "train"))
 
 
@@ -42,9 +45,7 @@ def main(params: PrepareDataParams) -> None:
         params.dataset, base_is_hub=base.is_hub, config=params.dataset_config, split=params.dataset_split
     )
     announce(base, source)
-    base_model.check_layers(base.reference)
-    if active_run.is_chained():  # this machine trains next; nf4 is the least that can need
-        base_model.check_memory(base.reference, "nf4")
+    check(base, params)
     tokenizer = load_base_tokenizer(base.reference)
     template = prompt(params, tokenizer, base.reference)
     given = read(source, params)
@@ -57,27 +58,39 @@ def main(params: PrepareDataParams) -> None:
         max_length=params.max_length,
     )
     described = DatasetManifest(
-        base_model=base.reference,
-        base_commit=base.commit,
-        base_license=base.license,
-        dataset=source.name,
-        dataset_source=source.location,
-        dataset_commit=source.commit,
-        dataset_config=source.config,
-        dataset_split=source.split,
+        **origin(base, source),
         dataset_digest=dataset.digest(pandas.concat(given.values())),
         tokenizer_fingerprint=fingerprint(tokenizer),
         prompt_template=template,
-        prompt_style=params.prompt_style,
-        max_length=params.max_length,
-        split_by=params.split_by,
-        test_size=params.test_size,
-        seed=params.seed,
+        **{name: getattr(params, name) for name in RECORDED},
         counts=preparation.counts(parts, prepared) | overlaps(given, parts),
     )
     run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
+    log_rejected(prepared.rejected)
     save(prepared, described, source)
     show(prepared, source, described)
+
+
+def check(base: base_model.BaseModel, params: PrepareDataParams) -> None:
+    """Refuse a base that no training could take; in a chain also for this machine's memory."""
+    base_model.check_layers(base.reference)
+    base_model.check_length(base.reference, params.max_length)
+    if active_run.is_chained():  # this machine trains next; nf4 is the least that can need
+        base_model.check_memory(base.reference, "nf4")
+
+
+def origin(base: base_model.BaseModel, source: dataset.DatasetSource) -> dict[str, str]:
+    """What the manifest says of base and dataset."""
+    return {
+        "base_model": base.reference,
+        "base_commit": base.commit,
+        "base_license": base.license,
+        "dataset": source.name,
+        "dataset_source": source.location,
+        "dataset_commit": source.commit,
+        "dataset_config": source.config,
+        "dataset_split": source.split,
+    }
 
 
 def prompt(params: PrepareDataParams, tokenizer: PreTrainedTokenizerFast, reference: str) -> str:
@@ -97,6 +110,10 @@ def read(source: dataset.DatasetSource, params: PrepareDataParams) -> dict[str, 
         params.question_column, params.context_column, params.answer_column, params.database_column
     )
     given = dataset.read(source, columns=columns, seed=params.seed)
+    if "train" not in given:
+        raise UserError(
+            f"dataset={source.location}: has files of {' and '.join(given)} alone; it needs rows to train on."
+        )
     if params.validation_dataset:
         if "validation" in given:
             raise UserError(
@@ -145,18 +162,24 @@ def announce(base: base_model.BaseModel, source: dataset.DatasetSource) -> None:
 
 
 def save(prepared: preparation.Prepared, described: DatasetManifest, source: dataset.DatasetSource) -> None:
-    """Log the artifact `dataset/`, and the rejected rows beside it."""
+    """Log the artifact `dataset/`, and how many rows it has."""
     with artifacts.logged_folder(store_names.DATASET) as folder:
         test = prepared.splits["test"]
         if source.kind == "sample":
             test = databases.build(test, folder, seed=described.seed)
         else:
             test = databases.copy(test, folder)
-        datasets.DatasetDict({**prepared.splits, "test": test}).save_to_disk(folder)
+        splits = {**prepared.splits, "test": test}
+        datasets.DatasetDict({name: rows for name, rows in splits.items() if len(rows)}).save_to_disk(folder)
         manifest.write(described, folder)
-    lines = prepared.rejected.to_json(orient="records", lines=True, force_ascii=True)
-    mlflow.log_text(lines, store_names.REJECTED)
     mlflow.log_metrics(described.counts)
+
+
+def log_rejected(rejected: pandas.DataFrame) -> None:
+    """Log the rejected rows with their reasons, an object a line; bytes and other types as Python says."""
+    cells = rejected.astype(object).where(rejected.notna(), None)
+    lines = (json.dumps(row, default=str) for row in cells.to_dict("records"))
+    mlflow.log_text("".join(f"{line}\n" for line in lines), store_names.REJECTED)
 
 
 def show(prepared: preparation.Prepared, source: dataset.DatasetSource, described: DatasetManifest) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import datasets
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
@@ -18,6 +17,7 @@ from steps.text2sql import (
     model_card,
     model_versions,
     packaging,
+    prepared_data,
     project_source,
     prompt_registry,
     run_log,
@@ -33,6 +33,7 @@ from steps.text2sql.sql_model import BaseModelError
 
 def main(params: RegisterParams) -> None:
     """Log the package, try it in a fresh process, register it."""
+    prompt_registry.check_model_name(params.registered_model_name)
     with artifacts.downloaded(params.dataset_uri, parameter="dataset_uri", needs=manifest.FILE) as folder:
         of_dataset = manifest.read(DatasetManifest, folder, source=f"dataset_uri={params.dataset_uri}")
         seen = hashes_of_training(folder)
@@ -71,7 +72,7 @@ def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params:
 
 def hashes_of_training(dataset: Path) -> list[str]:
     """Hashes of the rows that training reads, also of those that it only validates with."""
-    splits = datasets.load_from_disk(dataset)
+    splits = prepared_data.splits_in(dataset)
     parts = [splits[name].select_columns(["question", "context"])[:] for name in ("train", "validation")]
     rows = (zip(part["question"], part["context"], strict=True) for part in parts)
     return training_rows.hashes(chain.from_iterable(rows))

@@ -14,19 +14,25 @@ from steps.text2sql.command_line import MainParams, SweepCall, parse_sweep
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.params import OwnMainParams
 from steps.text2sql.run_folder import run_folder
-from steps.text2sql.search import Search, ShouldStop, Space
+from steps.text2sql.search import Search, ShouldStop, Space, open_storage
 from steps.text2sql.watcher import Watcher
+
+# As in a training of 64 steps and more.
+VALIDATION_ROWS = 64
 
 
 def main(call: SweepCall) -> None:
     """Prepare the data once, try values on them, and show the best."""
     try:
+        open_storage(Path(call.own.storage))  # before the data are prepared
         dataset_uri = call.own.dataset_uri or prepare(call)
         check_validation(dataset_uri)
         search = open_search(call, dataset_uri)
         search.run(call.own.trials, partial(train, call, dataset_uri))
     except (KeyboardInterrupt, Interrupted) as error:
         raise Interrupted(str(error), screen.to_go_on("sweep", call.given)) from error
+    except UserError as error:
+        raise UserError(str(error), screen.to_go_on("sweep", call.given)) from error
     finish(call, search, dataset_uri)
 
 
@@ -56,7 +62,7 @@ def open_search(call: SweepCall, dataset_uri: str) -> Search:
     space = Space(own.learning_rate_range, own.lora_r_range, own.max_steps_range)
     fixed = reuse.fingerprint(
         "train",
-        call.steps["train"] | {"dataset_uri": dataset_uri},
+        call.steps["train"] | validation_rows(call) | {"dataset_uri": dataset_uri},
         upstream={"dataset_uri": artifacts.digest_of(dataset_uri)},
         device=reuse.device_kind(),
         code=reuse.code_digest(),
@@ -76,7 +82,13 @@ def train(
     watcher = Watcher(active_run.run_id(), should_stop, name=f"trial {number}")
     try:
         run = run_step(
-            "train", as_main(call), title=title, watch=watcher.watching, dataset_uri=dataset_uri, **told
+            "train",
+            as_main(call),
+            title=title,
+            watch=watcher.watching,
+            dataset_uri=dataset_uri,
+            **validation_rows(call),
+            **told,
         )
     except Interrupted:
         if not watcher.has_stopped:
@@ -88,6 +100,11 @@ def train(
     mlflow.log_metric(store_names.EVAL_LOSS, loss, step=number)
     print(f"  {store_names.EVAL_LOSS} {loss:.4f}", flush=True)
     return loss
+
+
+def validation_rows(call: SweepCall) -> dict[str, str]:
+    """Rows of a validation: the same in all trials, however short, or their losses were no comparison."""
+    return {"validation_rows": call.given.get("validation_rows", str(VALIDATION_ROWS))}
 
 
 def recipe(call: SweepCall, values: dict[str, str]) -> dict[str, str]:
@@ -117,6 +134,7 @@ def next_command(call: SweepCall, values: dict[str, str], dataset_uri: str) -> t
     """What makes a model of the best: main, which takes the trial's run as it is, or, where the user had
     prepared the data, the step train."""
     handed_on = {name: value for step in call.steps.values() for name, value in step.items()}
+    handed_on |= validation_rows(call)
     if call.own.dataset_uri:
         return "train", mlproject.without_defaults("train", handed_on | values | {"dataset_uri": dataset_uri})
     handed_on.pop("dataset_uri", None)

@@ -135,6 +135,7 @@ def fit(
                 replay=can_record(params, outputs.model),
                 callbacks=[reporter],
                 checkpoints=checkpoints,
+                evaluated=params.validation_rows,
             )
     if checkpoints.stopped_by:
         processes.ignore_terminations()  # a checkpoint is on its way to the store

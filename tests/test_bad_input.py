@@ -1,10 +1,14 @@
 """What a user can get wrong: a message that names it, a FAILED run, nothing left running or registered."""
 
+import json
 import shutil
+from pathlib import Path
 
 import mlflow
+import pandas
 import pytest
 
+from steps import prepare_data, register
 from steps.text2sql import base_model, packaging
 from steps.text2sql.errors import UserError
 from tests.conftest import QUICK, call_step, failure, plain_rows, tiny_tokenizer, write_jsonl
@@ -75,6 +79,57 @@ def test_every_row_rejected_says_why(store, tiny_base, tmp_path):
     message = fails("prepare_data", base_model=tiny_base, dataset=write_jsonl(tmp_path / "r.jsonl", empty))
     assert "no sound row is left for train" in message
     assert "answer is missing, empty or not text" in message
+
+
+def test_cells_that_are_no_text_are_rejected_rows_whatever_they_are(store, tiny_base, tmp_path):
+    rows = plain_rows()
+    lines = [json.dumps(row) for row in rows]
+    lines.append(json.dumps(rows[0] | {"question": "half a pair \ud83d"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    run = call_step("prepare_data", base_model=tiny_base, dataset=tmp_path / "rows.jsonl")
+    logged = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/rejected.jsonl")
+    [rejected] = map(json.loads, logged.splitlines())
+    assert (rejected["row"], rejected["question"]) == (len(rows), "half a pair \ud83d")
+    assert run.data.metrics["rejected_incomplete"] == 1
+
+
+def test_a_rejected_row_is_logged_whatever_its_cells_are(store):
+    cells = [b"\xff", None, float("nan"), 7, ["SELECT", 1], pandas.Timestamp("2026-01-02")]
+    rows = pandas.DataFrame({"row": range(6), "answer": pandas.Series(cells, dtype=object)})
+    with mlflow.start_run() as run:
+        prepare_data.log_rejected(rows)
+    logged = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/rejected.jsonl")
+    found = [json.loads(line) for line in logged.splitlines()]
+    assert [row["row"] for row in found] == list(range(6))
+    assert [row["answer"] for row in found] == [
+        "b'\\xff'", None, None, 7, ["SELECT", 1], "2026-01-02 00:00:00",
+    ]  # fmt: skip
+
+
+def test_a_folder_without_rows_to_train_on_is_refused(store, tiny_base, tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", plain_rows())
+    message = fails("prepare_data", base_model=tiny_base, dataset=tmp_path)
+    assert f"dataset={tmp_path}: has files of test alone; it needs rows to train on." in message
+
+
+def test_few_rows_train_without_any_to_validate_with(store, tiny_base, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(15))
+    run = call_step("prepare_data", base_model=tiny_base, dataset=rows, split_by="random")
+    assert run.data.metrics["rows_validation"] == 0
+    dataset_uri = f"runs:/{run.info.run_id}/dataset"
+    trained = call_step("train", dataset_uri=dataset_uri, **QUICK | {"max_steps": 1})
+    assert "eval_loss" not in trained.data.metrics
+    dataset = Path(mlflow.artifacts.download_artifacts(dataset_uri, dst_path=str(tmp_path)))
+    assert len(register.hashes_of_training(dataset)) == run.data.metrics["rows_train"] == 12
+
+
+def test_rows_longer_than_the_base_can_read_are_refused(store, tiny_base, rows_file):
+    folder = shutil.copytree(tiny_base, rows_file.parent / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 400}))
+    message = fails("prepare_data", base_model=folder, dataset=rows_file, max_length=401)
+    assert f"max_length=401: base_model={folder} reads 400 tokens at most; give max_length=400" in message
+    call_step("prepare_data", base_model=folder, dataset=rows_file, max_length=400)
 
 
 def test_every_row_too_long_says_why(store, tiny_base, rows_file):

@@ -289,7 +289,16 @@ def test_on_a_gpu_the_memory_of_the_machine_does_not_count(gpu, tmp_path, monkey
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
-    "config", ["{}", '{"model_type": "nobody-knows"}', '{"model_type": "vit"}', "{broken"]
+    "config",
+    [
+        "{}",
+        "[]",
+        "{broken",
+        '{"model_type": "nobody-knows"}',
+        '{"model_type": "vit"}',
+        '{"model_type": "llama", "hidden_size": "large"}',
+        '{"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3}',
+    ],
 )
 def test_a_config_of_no_language_model_is_the_users_error(tmp_path, config):
     (tmp_path / "config.json").write_text(config)

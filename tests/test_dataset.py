@@ -378,9 +378,9 @@ def test_files_named_as_splits_stay_splits(tmp_path):
     }
 
 
-def test_a_folder_without_rows_to_train_on_is_refused(tmp_path):
-    write_rows(tmp_path / "test.jsonl", "q")
-    with pytest.raises(UserError, match=f"dataset={tmp_path}: has files of test alone"):
+def test_a_folder_without_a_file_of_rows_is_refused(tmp_path):
+    (tmp_path / ".jsonl").write_text("{}")  # a name without an ending
+    with pytest.raises(UserError, match=rf"dataset={tmp_path}: has no files .*\.jsonl"):
         read_folder(tmp_path)
 
 

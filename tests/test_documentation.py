@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from benchmarks import what_fits
 from steps.text2sql import mlproject, parameter_table
 from steps.text2sql.params import STEPS, OwnMainParams
 from tests.conftest import PROJECT
@@ -74,6 +75,12 @@ def test_every_entry_point_and_every_module_of_the_map_is_there():
     named = re.findall(r"\b(\w+\.py)\b", section("Where to change what"))
     there = {path.name for path in (PROJECT / "steps").rglob("*.py")}
     assert [name for name in named if name not in there] == []
+
+
+@pytest.mark.parametrize("base", ["SmolLM2-135M", "Mistral-7B"])
+def test_the_cards_that_a_base_needs_are_what_the_plan_says(base):
+    cards = " | ".join(map(str, what_fits.smallest_cards(what_fits.BASES[base])))
+    assert f"| {base} | {cards} |" in section("Hardware")
 
 
 def test_troubleshooting_lists_messages_that_the_code_has():

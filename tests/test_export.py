@@ -169,6 +169,14 @@ def test_a_version_or_alias_that_is_not_there_is_refused(chain, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_base_that_is_gone_is_refused(chain, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "locate_base", lambda _: {"pretrained_model_name_or_path": "/no/such/base"})
+    message, run = failure("export", model_uri="models:/text2sql/1", output=tmp_path / "merged")
+    assert f"base model {tiny_base}: " in message
+    assert run.info.status == "FAILED"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_too_small_is_refused_before_any_work(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
     monkeypatch.setattr(merging, "merge", lambda *_: pytest.fail("merged"))

@@ -53,6 +53,13 @@ def test_a_name_that_a_model_has_already_is_the_users_error():
         publish()
 
 
+def test_a_prompts_name_cannot_be_a_models():
+    publish()
+    prompt_registry.check_model_name("text2sql")
+    with pytest.raises(UserError, match="registered_model_name=text2sql-prompt: is the name of a prompt there"):
+        prompt_registry.check_model_name("text2sql-prompt")
+
+
 def test_an_old_version_is_found_beyond_the_first_page(monkeypatch):
     client = mlflow.MlflowClient
     search = client.search_prompt_versions

@@ -109,6 +109,12 @@ def test_a_name_on_the_hub_without_a_commit_is_looked_up_again(base_model, datas
     assert not reuse.may_have_moved("train", values, device=device)
 
 
+def test_databases_of_rows_may_have_changed():
+    values = {"base_model": "smollm2-135m", "dataset": "/rows.csv"}
+    assert not reuse.may_have_moved("prepare_data", values, device="cpu")
+    assert reuse.may_have_moved("prepare_data", values | {"database_column": "file"}, device="cpu")
+
+
 def test_the_kind_of_device_is_asked_without_loading_torch_here():
     assert reuse.device_kind() == "cpu"
 

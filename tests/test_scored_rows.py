@@ -52,6 +52,18 @@ def number_in(path: Path) -> int:
         return connection.execute("SELECT a FROM t").fetchone()[0]
 
 
+def test_of_a_folder_the_test_rows_are_scored_or_all_that_have_no_other_use(tmp_path):
+    rows = plain_rows(4)
+    write_jsonl(tmp_path / "validation.jsonl", rows[:1])
+    assert "has validation files alone; it needs rows to score" in refusal(tmp_path)
+    write_jsonl(tmp_path / "more.jsonl", rows[1:3])
+    assert read(tmp_path)["question"].to_list() == [row["question"] for row in rows[1:3]]
+    write_jsonl(tmp_path / "test.jsonl", rows[3:])
+    assert read(tmp_path)["question"].to_list() == [rows[3]["question"]]
+    (tmp_path / "more.jsonl").unlink()
+    assert read(tmp_path)["question"].to_list() == [rows[3]["question"]]
+
+
 def test_all_sound_rows_of_a_file_are_read_and_repeated_ones_once(tmp_path):
     rows = plain_rows(10)
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[0]])

@@ -14,7 +14,7 @@ SPACE = Space((1e-4, 1e-2), (4, 32), (10, 100))
 @pytest.fixture
 def search(tmp_path):
     """Opens the search of this test's file."""
-    return lambda name="a", space=SPACE: Search(tmp_path / "sweep.db", name, space, seed=1)
+    return lambda name="a", space=SPACE, seed=1: Search(tmp_path / "sweep.db", name, space, seed=seed)
 
 
 def distance(_, values, __):
@@ -152,3 +152,9 @@ def test_a_first_training_that_fails_ends_the_search(search):
     with pytest.raises(UserError, match="cannot be read"):
         search().run(3, train)
     assert search().study.get_trials(states=[TrialState.COMPLETE]) == []
+
+
+def test_the_largest_seed_serves_for_every_trial(search):
+    found = search(seed=2**32 - 1)
+    found.run(2, lambda number, values, should_stop: 1.0 / number)
+    assert len(found.done()) == 2

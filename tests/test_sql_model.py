@@ -1,6 +1,7 @@
 """The served file: prompt, extraction, generation, and the base model by its reference."""
 
 import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -136,8 +137,8 @@ CONTEXT = (
             'SELECT name FROM station WHERE name = "March 3, 2001" AND mascot = "Live in Paris"',
         ),
         (
-            "SELECT name FROM station WHERE mascot = O'Neil \"cat\" AND name = \"north",
-            "SELECT name FROM station WHERE mascot = O'Neil \"cat\" AND name = \"north\"",
+            'SELECT name FROM station WHERE mascot = O\'Neil "cat" AND name = "north',
+            'SELECT name FROM station WHERE mascot = O\'Neil "cat" AND name = "north"',
         ),
     ],
 )
@@ -171,7 +172,7 @@ CREATE TABLE dept (id INTEGER, title TEXT)"""
     [
         "SELECT SUM(CASE WHEN age > 5 THEN 1 ELSE 0 END) FROM heads",
         "SELECT CASE WHEN age > y + 1 THEN age ELSE y END FROM heads",
-        "SELECT h.name FROM heads AS h JOIN dept AS d ON h.dept_id = d.id LEFT OUTER JOIN heads AS o ON o.id = d.id",
+        "SELECT h.y FROM heads AS h JOIN dept AS d ON h.dept_id = d.id LEFT OUTER JOIN heads o ON o.y = 1",
         "SELECT name FROM heads h JOIN dept d ON h.dept_id = d.id NATURAL JOIN dept WHERE d.id IN (1, 2)",
         "SELECT name, age > 30 FROM heads",
         "SELECT name, age > 30, y FROM heads",
@@ -188,9 +189,9 @@ CREATE TABLE dept (id INTEGER, title TEXT)"""
         "SELECT headss.age FROM (SELECT age FROM heads) headss WHERE headss.age = 1 COLLATE NOCASE",
         "WITH head AS (SELECT id FROM heads) SELECT id FROM head",
         "WITH head(idd, agee) AS (SELECT id, age FROM heads) SELECT idd, agee FROM head",
-        "WITH RECURSIVE names(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM names WHERE i < 5) SELECT i FROM names",
-        "SELECT RANK() OVER (PARTITION BY y ORDER BY age DESC NULLS LAST) FROM heads WHERE age = 5 IS NOT NULL",
-        "SELECT SUM(age) OVER win FROM heads WHERE age <= 5 WINDOW win AS (ORDER BY age ROWS UNBOUNDED PRECEDING)",
+        "WITH RECURSIVE names(i) AS (VALUES (1) UNION SELECT i + 1 FROM names LIMIT 5) SELECT i FROM names",
+        "SELECT RANK() OVER (PARTITION BY y ORDER BY age NULLS LAST) FROM heads WHERE y = 5 IS NOT NULL",
+        "SELECT SUM(age) OVER w FROM heads WHERE age <= 5 WINDOW w AS (ORDER BY y ROWS UNBOUNDED PRECEDING)",
         "SELECT id FROM heads WHERE age >= 5 BETWEEN 0 AND 1 ORDER BY age > 3 DESC, y = 2 ASC LIMIT 1",
         "SELECT CAST(age AS DOUBLE PRECISION) FROM heads GROUP BY y HAVING MAX(age) > 3 AND COUNT(*) = 2",
     ],
@@ -535,6 +536,23 @@ def test_a_directory_without_safetensors_is_refused(tiny_base, tmp_path):
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(BaseModelError, match=f"base model {folder}"):
         sql_model.load_base(str(folder), "none")
+
+
+def test_weights_that_are_cut_short_are_refused(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "short")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(BaseModelError, match=f"base model {folder}"):
+        sql_model.load_base(str(folder), "none")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_that_are_missing_are_not_made_up(tiny_base, tmp_path, quantization):
+    folder = shutil.copytree(tiny_base, tmp_path / "fewer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(BaseModelError, match=r"lack 9 of the weights .* the first model\.layers\.2\."):
+        sql_model.load_base(str(folder), quantization)
 
 
 def test_a_directory_that_is_gone_is_refused(tmp_path):

@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import sqlite3
 import threading
 import time
+from types import SimpleNamespace
 
 import mlflow
 import optuna
@@ -76,25 +78,54 @@ def swept(chain, tmp_path, monkeypatch):
         return mlflow.get_run(mlflow.last_active_run().info.run_id), told
 
     monkeypatch.setattr(sweep, "run_step", run_step)
-    return run
+    return SimpleNamespace(run=run, told=told)
 
 
 def test_every_trial_gets_the_same_data_and_fixed_values(swept, chain):
-    _, told = swept()
+    _, told = swept.run()
     assert len(told) == 3
     for values in told:
         assert values["dataset_uri"] == chain.dataset_uri
         assert values["batch_size"] == str(FIXED["batch_size"])
         assert int(values["lora_alpha"]) == 2 * int(values["lora_r"])
+        assert values["validation_rows"] == "64"  # or losses of short and long trials were no comparison
+
+
+def test_validations_have_the_rows_that_the_user_says(swept):
+    _, told = swept.run(validation_rows=7)
+    assert {values["validation_rows"] for values in told} == {"7"}
+
+
+def test_a_failure_says_how_to_go_on(swept, monkeypatch):
+    def fail(*args, **named):
+        raise UserError("train failed: for a reason")
+
+    monkeypatch.setattr(sweep, "run_step", fail)
+    with pytest.raises(UserError, match="for a reason") as caught:
+        swept.run(trials=2)
+    assert "mlflow run" in caught.value.go_on
+    assert "-e sweep" in caught.value.go_on
+
+
+def test_a_file_that_keeps_no_searches_is_refused_before_any_step(swept, tmp_path):
+    (tmp_path / "sweep.db").write_text("this is text, and no database at all" * 10)
+    with pytest.raises(UserError, match=r"storage=.*sweep\.db: keeps no searches: .*give a file"):
+        swept.run()
+    (tmp_path / "sweep.db").unlink()
+    with sqlite3.connect(tmp_path / "sweep.db") as other:
+        other.execute("CREATE TABLE studies (something INTEGER)")
+    with pytest.raises(UserError, match=r"storage=.*sweep\.db: keeps no searches: .*give a file"):
+        swept.run()
+    assert swept.told == []
 
 
 def test_an_alpha_that_the_user_gives_is_every_trials(swept):
-    _, told = swept(lora_alpha=5)
+    _, told = swept.run(lora_alpha=5)
     assert {values["lora_alpha"] for values in told} == {"5"}
 
 
 def test_it_logs_all_trials_and_shows_the_command_of_the_best(swept, capsys):
-    run, told = swept()
+    run, told = swept.run()
     best = min(told, key=lambda values: float(values["learning_rate"]))
     assert run.data.params["best/learning_rate"] == best["learning_rate"]
     assert run.data.metrics["best_eval_loss"] == float(best["learning_rate"]) * 1000
@@ -109,15 +140,15 @@ def test_it_logs_all_trials_and_shows_the_command_of_the_best(swept, capsys):
 
 
 def test_a_sweep_typed_again_goes_on(swept, capsys):
-    swept(trials=2)
-    _, told = swept(trials=3)
+    swept.run(trials=2)
+    _, told = swept.run(trials=3)
     assert len(told) == 3
     assert "Goes on after 2 trials" in capsys.readouterr().out
 
 
 def test_other_data_or_fixed_values_are_another_search(swept):
-    swept(trials=2)
-    _, told = swept(trials=2, weight_decay=0.5)
+    swept.run(trials=2)
+    _, told = swept.run(trials=2, weight_decay=0.5)
     assert len(told) == 4
 
 
@@ -129,7 +160,8 @@ def test_the_command_of_the_best_makes_main_take_its_training_as_it_is(tmp_path)
     assert step == "main"
     of_main = parse_main(words(defaults("main") | typed)).steps
     named = {"upstream": {}, "device": "cpu", "code": "c"}
-    trial = found.steps["train"] | sweep.recipe(found, values) | {"dataset_uri": "runs:/a/dataset"}
+    trial = found.steps["train"] | sweep.recipe(found, values) | sweep.validation_rows(found)
+    trial |= {"dataset_uri": "runs:/a/dataset"}
     assert reuse.fingerprint("train", trial, **named) == reuse.fingerprint(
         "train", of_main["train"] | {"dataset_uri": "runs:/a/dataset"}, **named
     )

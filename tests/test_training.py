@@ -81,7 +81,7 @@ class Probe(TrainerCallback):
         self.at_evaluation(state.global_step)
 
 
-def train(model, data, *, settings, callbacks, tokens=64):
+def train(model, data, *, settings, callbacks, tokens=64, **named):
     """Train with packs of so many tokens."""
     plan = memory_plan.Plan(tokens=tokens, recompute=False, dequantize=False, reason="")
     return training.train(
@@ -92,6 +92,7 @@ def train(model, data, *, settings, callbacks, tokens=64):
         replay=False,
         callbacks=callbacks,
         checkpoints=NO_CHECKPOINTS,
+        **named,
     )
 
 
@@ -228,6 +229,14 @@ def test_validation_takes_few_rows_at_most_3_times(model, tokenizer, settings):
 @pytest.mark.parametrize(("steps", "rows"), [(3, 8), (30, 30), (64, 64), (500, 64)])
 def test_a_validation_has_an_eighth_of_the_rows_of_the_training_and_8_to_64(steps, rows):
     assert training.evaluation_rows(steps=steps, batch_size=8) == rows
+
+
+def test_a_validation_has_the_rows_that_are_asked_for_as_far_as_there_are(model, tokenizer, settings):
+    for evaluated, rows in ((20, 20), (200, 100)):
+        probe = Probe()
+        data = splits(tokenizer, 8, 100)
+        train(model, data, settings=settings(1, 2), callbacks=[probe], evaluated=evaluated)
+        assert probe.evaluated_rows == {rows}
 
 
 def test_training_without_validation_rows_reports_no_validation_loss(model, tokenizer, settings):

@@ -18,6 +18,9 @@ from steps.text2sql import manifest
 from steps.text2sql.errors import UserError
 from steps.text2sql.model_versions import model_version
 
+# What fetching an artifact raises; ImportError where the client of a store is not installed.
+UNREADABLE = (MlflowException, OSError, ImportError)
+
 
 @contextmanager
 def logged_folder(path: str) -> Iterator[Path]:
@@ -86,11 +89,7 @@ def downloaded(uri: str, *, parameter: str, needs: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = download(uri, Path(scratch))
-        except (
-            MlflowException,
-            OSError,
-            ImportError,
-        ) as error:  # ImportError: a store's client is not installed
+        except UNREADABLE as error:
             raise UserError(f"{parameter}={uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
         if not (path / needs).is_file():
             raise UserError(f"{parameter}={uri}: has no {needs}. {_artifacts_of(uri)}")
@@ -123,7 +122,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """
     try:
         return json.loads(_manifest_of(uri))
-    except (MlflowException, OSError, ValueError) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise UserError(f"{uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
 
 

@@ -1,12 +1,14 @@
 """The base model: what `base_model` means on this machine, and whether it fits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from steps.text2sql import hub, packed_attention
@@ -15,6 +17,7 @@ from steps.text2sql.sql_model import (
     EMBEDDED_BASE,
     EMBEDDED_WHEEL,
     EMBEDDED_WHEEL_SHA256,
+    UNREADABLE,
     embedded_base,
     locate_base,
     pick_device,
@@ -111,14 +114,37 @@ def skeleton(reference: str) -> PreTrainedModel:
     Raises:
         UserError: the configuration is of no causal language model of transformers.
     """
+    with _as_user_error(reference), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(reference), trust_remote_code=False)
+
+
+def _config(reference: str) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
+
+
+@contextmanager
+def _as_user_error(reference: str) -> Iterator[None]:
     try:
-        config = AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        yield
+    except UNREADABLE as error:
         raise UserError(
             f"base_model={reference}: is no language model that can be loaded: {error}"
         ) from error
+
+
+def check_length(reference: str, max_length: int) -> None:
+    """Refuse rows of more tokens than the base has positions.
+
+    Raises:
+        UserError: naming both.
+    """
+    with _as_user_error(reference):
+        positions = getattr(_config(reference), "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UserError(
+            f"max_length={max_length}: base_model={reference} reads {positions} tokens at most; give "
+            f"max_length={positions} or less."
+        )
 
 
 def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:

@@ -82,7 +82,8 @@ def resolve(dataset: str, *, base_is_hub: bool, config: str = "", split: str = "
 
 
 def read(source: DatasetSource, *, columns: Columns, seed: int) -> dict[str, pandas.DataFrame]:
-    """Rows to split under `train`; `validation` and `test` where a folder has files of these names.
+    """Rows to split under `train`; `validation` and `test` where a folder has files of these names, and then
+    perhaps nothing to split.
 
     Rows have the columns of `COLUMNS`, and `DATABASE` where there is one: an absolute path, or the name of a
     domain for the built-in rows. The rows of each split are numbered from 0.
@@ -121,10 +122,8 @@ def _read_folder(folder: Path, columns: Columns) -> dict[str, pandas.DataFrame]:
         named = SPLIT_FILE.fullmatch(path.stem)
         split = (named and named.lastgroup) or "train"
         parts.setdefault(split, []).append(read_file(path, columns=columns, parameter="dataset"))
-    if "train" not in parts:
-        raise UserError(
-            f"dataset={folder}: has files of {' and '.join(parts)} alone; it needs rows to train on."
-        )
+    if not parts:
+        raise UserError(f"dataset={folder}: has no files that end in {', '.join(DATA_SUFFIXES)}.")
     return {split: pandas.concat(files, ignore_index=True) for split, files in parts.items()}
 
 

@@ -26,7 +26,7 @@ from steps.text2sql.adapter import settings
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.model_card import FILE as CARD
-from steps.text2sql.sql_model import encode_prompts, load_base, locate_base
+from steps.text2sql.sql_model import UNREADABLE, BaseModelError, encode_prompts, load_base, locate_base
 
 PROMPT_TEMPLATE = "prompt_template.txt"
 LICENSE = "LICENSE"
@@ -83,7 +83,10 @@ def check_disk(output: Path, reference: str, dtype: torch.dtype) -> None:
 
 
 def _config(reference: str) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
+    except UNREADABLE as error:
+        raise BaseModelError(f"base model {reference}: {error}") from error
 
 
 @contextmanager

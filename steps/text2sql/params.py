@@ -145,6 +145,10 @@ class TrainParams:
     ]
     save_steps: Annotated[int, Field(ge=1, description="steps between checkpoints")]
     logging_steps: Annotated[int, Field(ge=1, description="steps between points of the loss curve")]
+    validation_rows: Annotated[
+        Auto | Annotated[int, Field(ge=1)],
+        Field(description="of each of 3 validations; auto: an eighth of the training's rows, 8 to 64"),
+    ]
     keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep")]
     resume_from: Annotated[
         str, Field(pattern=r"^[0-9a-f]*$", description="train run to go on with from its newest checkpoint")

@@ -21,7 +21,16 @@ def load(dataset_uri: str) -> tuple[DatasetManifest, datasets.DatasetDict]:
 
     with collectives.once_a_machine(download) as folder:
         described = manifest.read(DatasetManifest, folder, source=f"dataset_uri={dataset_uri}")
-        return described, datasets.load_from_disk(folder, keep_in_memory=True)
+        return described, splits_in(folder)
+
+
+def splits_in(folder: Path) -> datasets.DatasetDict:
+    """The splits of a dataset of prepare_data, `validation` among them even where it has no rows.
+
+    datasets writes a split without rows but cannot read it, so that none is written.
+    """
+    found = datasets.load_from_disk(folder, keep_in_memory=True)
+    return datasets.DatasetDict({"validation": found["train"].select([]), **found})
 
 
 def load_tokenizer(described: DatasetManifest, dataset_uri: str) -> PreTrainedTokenizerFast:

@@ -25,6 +25,16 @@ def prompt_name(model_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", model_name) + "-prompt"
 
 
+def check_model_name(name: str) -> None:
+    """Refuse a model's name that a prompt has: registries keep both in one place.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    if mlflow.MlflowClient().get_prompt(name) is not None:
+        raise UserError(f"registered_model_name={name}: is the name of a prompt there; give another.")
+
+
 def publish(template: str, *, style: str, model_name: str, model_id: str, run_id: str) -> str:
     """URI of a template in the registry, linked to a logged model and a run; a known text keeps its version.
 

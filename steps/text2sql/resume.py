@@ -20,6 +20,7 @@ NO_RECIPE = frozenset(
         "keep_checkpoints",
         "save_steps",
         "logging_steps",
+        "validation_rows",
         "launch",
         "project_backend",
         "backend_config",

@@ -52,9 +52,11 @@ def code_digest(project: Path = PROJECT) -> str:
 
 
 def may_have_moved(step: str, values: Mapping[str, str], *, device: str) -> bool:
-    """Whether a value names a state of the hub that only prepare_data can look up."""
+    """Whether only prepare_data can look up what a value names: a state of the hub, or rows' databases."""
     if step != "prepare_data":
         return False
+    if values.get("database_column"):
+        return True
     here = {"auto", "sample", "smollm2-135m"}
     names = [value for name, value in values.items() if name in ("base_model", "dataset")]
     on_hub = [value for value in names if value not in here and not Path(value).is_absolute()]

@@ -45,7 +45,9 @@ def of_dataset(source: dataset.DatasetSource, trained_on: DatasetManifest) -> pa
     """
     columns = dataset.Columns(*dataset.COLUMNS, dataset.DATABASE, database_is_optional=True)
     found = dataset.read(source, columns=columns, seed=trained_on.seed)
-    rows = found.get("test", found["train"])
+    rows = found.get("test", found.get("train"))
+    if rows is None:
+        raise UserError(f"dataset={source.location}: has validation files alone; it needs rows to score.")
     if source.kind == "sample":
         how = {"by": trained_on.split_by, "test_size": trained_on.test_size, "seed": trained_on.seed}
         rows = splits.split(rows, **how)["test"]

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from steps.text2sql.errors import UserError
 
@@ -55,6 +57,23 @@ class Best(NamedTuple):
     loss: float
 
 
+def open_storage(file: Path) -> optuna.storages.RDBStorage:
+    """The SQLite file that keeps searches, made where there is none.
+
+    Raises:
+        UserError: it is something else, or of another version of Optuna.
+    """
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+        storage.get_all_studies()  # what only has tables of the same names fails here
+        return storage
+    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"storage={file}: keeps no searches: {reason}; give a file that is not there yet."
+        ) from error
+
+
 class Search:
     """A search that a file keeps; with the same file and name it goes on where it was."""
 
@@ -62,7 +81,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space, self.seed = space, seed
         self.study = optuna.create_study(
-            storage=f"sqlite:///{storage}",
+            storage=open_storage(storage),
             study_name=name,
             load_if_exists=True,
             direction="minimize",
@@ -82,7 +101,7 @@ class Search:
             # A seed for each trial: a search that was interrupted tries again what it was trying, and then
             # what it would have tried.
             self.study.sampler = optuna.samplers.TPESampler(
-                seed=self.seed + len(self.done()), n_startup_trials=UNSTOPPED_TRIALS
+                seed=(self.seed + len(self.done())) % 2**32, n_startup_trials=UNSTOPPED_TRIALS
             )
             self._try(self.study.ask(), train)
 

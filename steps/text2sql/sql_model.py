@@ -30,9 +30,11 @@ import pandas
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub.errors import StrictDataclassError
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -86,6 +88,10 @@ EMBEDDED_SPECIAL_TOKENS = {
     "eos_token": "<|im_end|>",
     "pad_token": "<|endoftext|>",
 }
+
+
+# What transformers raises for files that are missing, cut short or of another kind.
+UNREADABLE = (OSError, ValueError, TypeError, SafetensorError, StrictDataclassError)
 
 
 class BaseModelError(RuntimeError):
@@ -142,13 +148,14 @@ SQL_WORDS = frozenset(
     re.findall(
         r"\w+",
         """
-        all and as asc between by case cast collate cross current current_date current_time current_timestamp
-        desc distinct else end escape except exclude exists false filter first following from full glob group
-        groups having in indexed inner intersect is isnull join last left like limit match materialized natural
-        not notnull null nulls offset on or order others outer over partition preceding range recursive regexp
-        right row rows select then ties true unbounded union using values when where window with
-        bigint binary blob boolean char date datetime decimal double float int integer nocase numeric precision
-        real rtrim text time timestamp varchar
+        all and as asc between by case cast collate cross current current_date current_time
+        current_timestamp desc distinct else end escape except exclude exists false filter first following
+        from full glob group groups having in indexed inner intersect is isnull join last left like limit
+        match materialized natural not notnull null nulls offset on or order others outer over partition
+        preceding range recursive regexp right row rows select then ties true unbounded union using values
+        when where window with
+        bigint binary blob boolean char date datetime decimal double float int integer nocase numeric
+        precision real rtrim text time timestamp varchar
         """,
     )
 )
@@ -230,7 +237,7 @@ def _names(value: str) -> set[str]:
 
 
 def _with_known_name(token: re.Match[str], known: Set[str], names: Mapping[str, str]) -> str:
-    """A word that is none of SQL's, of the context's or of the query's becomes one, as far as it is similar."""
+    """A word that is none of SQL's, of the context's or of the query's becomes a similar one."""
     word, rest = token[2], token.string[token.end() :].lstrip()
     if word.lower() in known or rest.startswith(("(", ".")):  # a function's, or what qualifies a name
         return word
@@ -328,7 +335,7 @@ def load_base(reference: str, quantization: str, *, storage: torch.dtype = torch
     `storage` see `quantization_config`.
 
     Raises:
-        BaseModelError: the files cannot be had, or are not safetensors.
+        BaseModelError: the files cannot be had, are not whole, or are not safetensors.
     """
     device, dtype = pick_device()
     source = locate_base(reference)
@@ -337,7 +344,7 @@ def load_base(reference: str, quantization: str, *, storage: torch.dtype = torch
     # write wrong text (https://github.com/pytorch/pytorch/issues/193893).
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             **source,
             dtype=dtype,
             device_map={"": torch.cuda.current_device() if device == "cuda" else device},
@@ -345,9 +352,15 @@ def load_base(reference: str, quantization: str, *, storage: torch.dtype = torch
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation="sdpa",
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise BaseModelError(f"base model {reference}: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
+        raise BaseModelError(
+            f"base model {reference}: its files lack {len(missing)} of the weights that its config.json "
+            f"speaks of, the first {missing[0]}; fetch them again, or give a base that can write text."
+        )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 the first pass in eval mode would repack the weights for a bf16 kernel
@@ -397,7 +410,7 @@ def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(**locate_base(reference), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise BaseModelError(f"tokenizer of base model {reference}: {error}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise BaseModelError(f"tokenizer of base model {reference}: needs a tokenizer.json and an EOS token")

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -157,9 +157,13 @@ class Reporter(TrainerCallback):
         }
 
 
-def validation_rows(data: datasets.DatasetDict, settings: TrainingArguments) -> datasets.Dataset | None:
+def validation_rows(
+    data: datasets.DatasetDict, settings: TrainingArguments, given: int | Literal["auto"]
+) -> datasets.Dataset | None:
     """Rows of a validation in this training, or None if there are none."""
-    count = evaluation_rows(steps=settings.max_steps, batch_size=settings.train_batch_size)
+    count = given
+    if given == "auto":
+        count = evaluation_rows(steps=settings.max_steps, batch_size=settings.train_batch_size)
     rows = data["validation"].select_columns(["input_ids", "labels"])
     return rows.select(range(min(count, len(rows)))) if len(rows) else None
 
@@ -184,12 +188,15 @@ def train(
     callbacks: list[TrainerCallback],
     checkpoints: Checkpoints,
     optimizer: torch.optim.Optimizer | None = None,
+    evaluated: int | Literal["auto"] = "auto",
 ) -> float:
     """Train the adapter on `data["train"]`; the mean loss of an answer token comes back.
 
     `replay` records CUDA graphs: see `Gradients`. Without an `optimizer` it is the one of the settings.
+    `evaluated` are the rows of a validation: see `evaluation_rows`.
     """
-    rows, validation = data["train"].select_columns(["input_ids", "labels"]), validation_rows(data, settings)
+    rows = data["train"].select_columns(["input_ids", "labels"])
+    validation = validation_rows(data, settings, evaluated)
     if validation is None:
         settings.eval_strategy = "no"
     model.config.use_cache = False
