@@ -49,6 +49,40 @@ def test_a_task_that_hangs_is_named():
     hang.set()
 
 
+def test_a_store_that_is_away_for_long_is_still_tried_again():
+    tries = []
+
+    def fails_often():
+        tries.append(1)
+        if len(tries) <= 1100:
+            raise ConnectionError("away")
+
+    background = Background(first_pause_seconds=0.0)
+    background.submit("metrics", fails_often)
+    assert background.close(LIMIT_SECONDS) == []
+    assert len(tries) == 1101
+
+
+def test_a_task_that_fails_after_the_end_is_not_tried_again():
+    tries, begun, go_on, done = [], threading.Event(), threading.Event(), threading.Event()
+
+    def fails_late():
+        tries.append(1)
+        begun.set()
+        go_on.wait(LIMIT_SECONDS)
+        raise ConnectionError("away")
+
+    background = Background(first_pause_seconds=0.001)
+    background.submit("checkpoint", fails_late)
+    assert begun.wait(LIMIT_SECONDS)
+    assert background.close(0.05) == ["checkpoint"]
+    # If it were tried again, that would be between these two.
+    background.submit("next", lambda: background.submit("last", done.set))
+    go_on.set()
+    assert done.wait(LIMIT_SECONDS)
+    assert tries == [1]
+
+
 def test_a_newer_task_takes_the_place_of_one_that_waits():
     done, begin = [], threading.Event()
     background = Background()

@@ -56,7 +56,7 @@ def test_the_corpus_has_at_least_60_queries_and_was_run_whole(ends):
 
 @pytest.mark.parametrize("claim", CORPUS)
 def test_a_hostile_text_ends_in_time_and_for_its_reason(ends, claim):
-    assert re.search(CORPUS[claim][1], ends[claim]["found"])
+    assert re.search(CORPUS[claim].end, ends[claim]["found"])
     assert ends[claim]["late"] < 0.2
 
 

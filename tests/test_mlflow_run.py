@@ -17,12 +17,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from tests.conftest import PROJECT, plain_rows, tracking_at, write_jsonl
+from tests.conftest import PROJECT, START_LIMIT_SECONDS, plain_rows, tracking_at, write_jsonl
 
 pytestmark = pytest.mark.slow
 
 STEPS = ["prepare_data", "train", "register", "evaluate", "promote"]
-START_LIMIT_SECONDS = 120
 
 
 def environment(**changed):

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import json
+import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import mlflow.cli
 import pytest
 from mlflow.artifacts import download_artifacts
 
-from steps.text2sql import adapter, artifacts, outputs
+from steps.text2sql import adapter, artifacts, outputs, run_log
 from steps.text2sql.outputs import Outputs
 from steps.text2sql.run_folder import is_whole, run_folder, saved_in
 from tests.conftest import (
@@ -23,6 +25,9 @@ from tests.conftest import (
     tracking_at,
     write_jsonl,
 )
+
+# For what another thread or process does.
+LIMIT_SECONDS = 600
 
 
 @pytest.fixture(autouse=True)
@@ -65,15 +70,27 @@ def test_a_full_disk_costs_the_checkpoints_and_not_the_training(dataset_uri, mon
     assert "Checkpoint: " not in printed
 
 
-def test_a_disk_too_full_for_the_adapter_is_said_and_a_checkpoint_kept(dataset_uri, monkeypatch):
-    save = adapter.save
+@pytest.mark.parametrize("store_is_slow", [False, True])
+def test_a_disk_too_full_for_the_adapter_is_said_and_a_checkpoint_kept(
+    dataset_uri, monkeypatch, store_is_slow
+):
+    save, log_folder, failed, tried_again = adapter.save, artifacts.log_folder, [], threading.Event()
 
     def save_all_but_the_last(model, tokenizer, described, folder):
         if described.global_step == QUICK["max_steps"]:
+            if failed:
+                tried_again.set()
+            failed.append(folder)
             full_disk()
         save(model, tokenizer, described, folder)
 
+    def log_late(*given):
+        assert not store_is_slow or tried_again.wait(LIMIT_SECONDS)
+        log_folder(*given)
+
     monkeypatch.setattr(adapter, "save", save_all_but_the_last)
+    monkeypatch.setattr(artifacts, "log_folder", log_late)
+    monkeypatch.setattr(outputs, "STOPPED_SECONDS", LIMIT_SECONDS)
     message, run = failure("train", dataset_uri=dataset_uri, **QUICK)
     assert "the adapter could not be written to" in message
     assert (
@@ -106,6 +123,88 @@ def test_a_store_that_refuses_leaves_the_adapter_on_the_disk_and_says_how_to_log
     assert not {"adapter", "checkpoints"} & set(names)
     mlflow.cli.cli(command[1:], standalone_mode=False)
     assert is_whole(Path(download_artifacts(f"runs:/{run.info.run_id}/adapter")))
+
+
+@pytest.fixture
+def made(store, monkeypatch):
+    """Outputs of a run, one checkpoint at a time, that an adapter costs nothing to save."""
+    monkeypatch.setattr(adapter, "save", lambda *_: None)
+    with mlflow.start_run():
+        yield Outputs(None, None, lambda step: None, recipe={}, keep=1)
+
+
+def save_checkpoint(made, step):
+    made.save_checkpoint(step, lambda folder: None)
+
+
+def test_a_checkpoint_has_its_turn_while_points_come_faster_than_the_store_takes_them(made, monkeypatch):
+    hold, logged = threading.Event(), []
+
+    def log_points(run, points):
+        logged.append("points")
+        if "checkpoint" not in logged and len(logged) < 1000:
+            made.log_metrics({"loss": 1.0}, len(logged))
+
+    monkeypatch.setattr(run_log, "log_points", log_points)
+    monkeypatch.setattr(artifacts, "log_folder", lambda *_: logged.append("checkpoint"))
+    with made:
+        made.background.submit("first", lambda: hold.wait(LIMIT_SECONDS))
+        made.log_metrics({"loss": 1.0}, 0)
+        save_checkpoint(made, 1)
+        hold.set()
+    assert logged == ["points", "checkpoint", "points"]
+
+
+def test_all_points_are_logged_in_order_and_at_most_a_hundred_a_request(made, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_log, "log_points", lambda run, points: asked.append([p.step for p in points]))
+    hold = threading.Event()
+    with made:
+        made.background.submit("first", lambda: hold.wait(LIMIT_SECONDS))
+        for step in range(250):
+            made.log_metrics({"loss": 1.0}, step)
+        hold.set()
+    assert asked == [list(range(100)), list(range(100, 200)), list(range(200, 250))]
+
+
+def test_a_checkpoint_that_is_old_when_it_was_logged_is_removed_then(made, monkeypatch):
+    begun, hold = threading.Event(), threading.Event()
+
+    def log_folder(run, folder, path):
+        begun.set()
+        hold.wait(LIMIT_SECONDS)
+        assert folder.is_dir()
+
+    monkeypatch.setattr(artifacts, "log_folder", log_folder)
+    save_checkpoint(made, 1)
+    assert begun.wait(LIMIT_SECONDS)
+    save_checkpoint(made, 2)
+    assert [path.name for path in saved_in(made.folder)] == ["checkpoint-2", "checkpoint-1"]
+    hold.set()
+    assert made.background.close(LIMIT_SECONDS) == []
+    assert [path.name for path in saved_in(made.folder)] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_is_not_begun_to_be_logged_while_it_is_removed(made, monkeypatch):
+    remove, hold, begun, logged = shutil.rmtree, threading.Event(), threading.Event(), []
+
+    def log_folder(run, folder, path):
+        logged.append(folder.name)
+        begun.set()
+
+    def remove_slowly(folder, **named):
+        if folder.name == "checkpoint-1" and folder.exists():
+            hold.set()
+            begun.wait(0.5)  # it does not begin
+        remove(folder, **named)
+
+    monkeypatch.setattr(artifacts, "log_folder", log_folder)
+    monkeypatch.setattr(shutil, "rmtree", remove_slowly)
+    made.background.submit("first", lambda: hold.wait(LIMIT_SECONDS))
+    save_checkpoint(made, 1)
+    save_checkpoint(made, 2)
+    assert made.background.close(LIMIT_SECONDS) == []
+    assert logged == ["checkpoint-2"]
 
 
 @pytest.fixture
@@ -177,18 +276,27 @@ def test_a_manifest_without_digests_is_refused(copied):
     assert "its manifest.json has no digests" in message
 
 
-def train_until(back, values):
-    """Train in this process, which does not end before a file is there: a fast one would be over by then."""
-    keep_adapter = Outputs.keep_adapter
+def train_until(away, back, values):
+    """Train in this process; its last checkpoint and its adapter wait for files, else it would be over."""
+    save_checkpoint, keep_adapter = Outputs.save_checkpoint, Outputs.keep_adapter
+
+    def wait_and_save(self, step, write_state):
+        if step == values["max_steps"] - values["save_steps"]:
+            wait_for_file(away)
+        save_checkpoint(self, step, write_state)
 
     def wait_and_keep(self, step):
-        end = time.monotonic() + 60
-        while not back.exists() and time.monotonic() < end:
-            time.sleep(0.1)
+        wait_for_file(back)
         keep_adapter(self, step)
 
-    Outputs.keep_adapter = wait_and_keep
+    Outputs.save_checkpoint, Outputs.keep_adapter = wait_and_save, wait_and_keep
     call_step("train", **values)
+
+
+def wait_for_file(path):
+    end = time.monotonic() + LIMIT_SECONDS
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -202,16 +310,17 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
         prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
         dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
         values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 250, "save_steps": 25}
-        back = tmp_path / "back"
-        with Forked(lambda: train_until(back, values)) as process:
+        away, back = tmp_path / "away", tmp_path / "back"
+        with Forked(lambda: train_until(away, back, values)) as process:
             first = next((line for line in process.stdout if line.startswith("Checkpoint: ")), "")
             assert first, "the training ended without a checkpoint"
             server.stop()
             run_id = first.split("/")[1]
             # Five seconds, and as long as it takes to see that training goes on without the server.
-            seen, away = set(saved_in(run_folder(run_id))), time.monotonic()
-            while time.monotonic() < away + 5 or not set(saved_in(run_folder(run_id))) - seen:
-                assert time.monotonic() < away + 60, "no checkpoint was written while the server was away"
+            seen, stopped = set(saved_in(run_folder(run_id))), time.monotonic()
+            away.touch()
+            while time.monotonic() < stopped + 5 or not set(saved_in(run_folder(run_id))) - seen:
+                assert time.monotonic() < stopped + LIMIT_SECONDS, "no checkpoint while the server was away"
                 time.sleep(0.1)
             server.start()
             back.touch()

@@ -14,7 +14,7 @@ from tests import two_processes
 
 pytestmark = pytest.mark.slow
 
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 1500
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def trained(tiny_base, tmp_path_factory):
     (scratch / "single").mkdir()
     alone = two_processes.train(tiny_base, scratch / "single")
     (scratch / "single" / "0.json").write_text(json.dumps(alone))
-    pair = two_processes.start("tests.two_processes", str(tiny_base), str(scratch))
-    printed = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in pair]
+    with two_processes.started("tests.two_processes", str(tiny_base), str(scratch)) as pair:
+        printed = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], "\n".join(printed)
 
     def get(name, process=0):

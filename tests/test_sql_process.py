@@ -58,13 +58,14 @@ def test_values_of_each_type_come_back_as_they_were():
 
 def test_a_query_that_ends_the_process_takes_no_other_with_it():
     queries = ["SELECT a FROM t", f"SELECT {SLOW}", "SELECT b FROM t", "SELEC", "SELECT 3"]
-    first, late, third, wrong, last = run_queries(T, queries, timeout_seconds=0.3)
+    first, late, third, wrong, last = run_queries(T, queries, timeout_seconds=2)
     assert (first, third, last) == ([(1,), (2,)], [("x",), (None,)], [(3,)])
-    assert str(late) == "took over 0.3 s"
+    assert str(late) == "took over 2 s"
     assert "syntax error" in str(wrong)
 
 
-def test_sqlite_stops_by_itself_where_it_can_and_the_process_stays():
+def test_sqlite_stops_by_itself_where_it_can_and_the_process_stays(monkeypatch):
+    monkeypatch.setattr(sql_process, "GRACE_SECONDS", 30)  # a busy machine is late too
     run_query(T, "SELECT 1", timeout_seconds=10)
     before = workers()
     with pytest.raises(QueryError, match=r"took over 1 s"):
@@ -79,12 +80,13 @@ def test_no_queries_still_need_a_context_that_executes():
 
 
 def test_each_query_has_the_limit_for_itself():
-    heavy = f"{N} SELECT COUNT(*) FROM (SELECT x FROM n LIMIT 400000)"
+    heavy = f"{N} SELECT COUNT(*) FROM (SELECT x FROM n LIMIT 100000)"
+    run_query(T, "SELECT 1", timeout_seconds=60)  # the process has started
     begin = time.monotonic()
     run_query(T, heavy, timeout_seconds=60)
     once = time.monotonic() - begin
-    results = run_queries(T, [heavy] * 6, timeout_seconds=3 * once)
-    assert results == [[(400000,)]] * 6
+    results = run_queries(T, [heavy] * 24, timeout_seconds=12 * once)
+    assert results == [[(100000,)]] * 24
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV])
@@ -103,9 +105,15 @@ def test_a_process_that_was_hit_while_it_waited_is_replaced(number):
 def test_a_process_that_dies_in_a_query_fails_that_query_only():
     run_query(T, "SELECT 1", timeout_seconds=10)
     (before,) = workers()
-    threading.Timer(0.3, before.kill).start()
+    used = before.cpu_times().user
+
+    def kill_in_the_opcode() -> None:
+        wait_until(lambda: before.cpu_times().user > used + 0.1)
+        before.kill()
+
+    threading.Thread(target=kill_in_the_opcode).start()
     with pytest.raises(QueryError, match="ended the process that ran it"):
-        run_query(T, f"SELECT {SLOW}", timeout_seconds=30)
+        run_query(T, f"SELECT {SLOW}", timeout_seconds=60)
     assert run_query(T, "SELECT 2", timeout_seconds=10) == [(2,)]
 
 
@@ -391,22 +399,23 @@ def test_a_database_in_wal_mode_is_read_without_a_file_beside_it(database):
 
 
 @pytest.mark.parametrize(
-    ("made", "reason"),
+    ("made", "reason", "seconds"),
     [
-        (f"CREATE VIEW v AS {N} SELECT x FROM n", "took over"),
-        (f"CREATE VIEW v AS SELECT {SLOW} AS x", "took over"),
-        ("CREATE VIEW v AS SELECT load_extension('x') AS x", "not authorized|unsafe use"),
-        ("CREATE VIEW v AS SELECT name AS x FROM pragma_database_list", "not authorized|vtable"),
-        ("CREATE TABLE v (a, x AS (zeroblob(1000001))); INSERT INTO v DEFAULT VALUES", "too big"),
+        (f"CREATE VIEW v AS {N} SELECT x FROM n", "took over", 0.3),
+        (f"CREATE VIEW v AS SELECT {SLOW} AS x", "took over", 0.3),
+        ("CREATE VIEW v AS SELECT load_extension('x') AS x", "not authorized|unsafe use", 10),
+        ("CREATE VIEW v AS SELECT name AS x FROM pragma_database_list", "not authorized|vtable", 10),
+        ("CREATE TABLE v (a, x AS (zeroblob(1000001))); INSERT INTO v DEFAULT VALUES", "too big", 10),
     ],
 )
-def test_a_file_made_to_do_harm_is_held_by_the_same_limits(database, made, reason):
+def test_a_file_made_to_do_harm_is_held_by_the_same_limits(database, made, reason, seconds):
     with closing(sqlite3.connect(database)) as connection:
         connection.executescript(made)
+    run_query(T, "SELECT 1", timeout_seconds=60)  # the process has started
     begin = time.monotonic()
     with pytest.raises(QueryError, match=reason):
-        run_query(database, "SELECT COUNT(x) FROM v WHERE x > 0", timeout_seconds=0.3)
-    assert time.monotonic() - begin < 2
+        run_query(database, "SELECT COUNT(x) FROM v WHERE x > 0", timeout_seconds=seconds)
+    assert time.monotonic() - begin < seconds + 2
 
 
 def test_a_schema_that_is_damaged_is_a_query_error(database):

@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -174,8 +175,20 @@ def share_divided(model: torch.nn.Module) -> float:
     return held / sum(p.numel() for p in frozen)
 
 
+@contextmanager
+def started(module: str, *words: str) -> Iterator[list[subprocess.Popen]]:
+    """Two processes of a module, as a launcher starts them; those that still run at the end are killed."""
+    pair = start(module, *words)
+    try:
+        yield pair
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()
+
+
 def start(module: str, *words: str) -> list[subprocess.Popen]:
-    """Two processes of a module, as a launcher starts them."""
+    """Two processes of a module."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

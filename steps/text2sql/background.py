@@ -9,6 +9,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
+# Enough for the longest pause; a thousand failures in a row would double it beyond what a float holds.
+MAX_DOUBLINGS = 10
 
 
 class Background:
@@ -22,6 +24,7 @@ class Background:
         self._tasks: dict[str, Callable[[], None]] = {}
         self._running = ""
         self._closing = threading.Event()
+        self._gave_up = False
         self._changed = threading.Condition()
         # A daemon: a store that never answers must not keep the process alive.
         threading.Thread(target=self._work, daemon=True).start()
@@ -39,6 +42,7 @@ class Background:
             self._changed.wait_for(lambda: not self._left(), timeout=timeout_seconds)
             left = self._left()
             self._tasks.clear()
+            self._gave_up = True  # also on the one that runs
         return left
 
     def _left(self) -> list[str]:
@@ -73,10 +77,11 @@ class Background:
     def _end(self, name: str, *, again: Callable[[], None] | None = None) -> None:
         with self._changed:
             self._running = ""
-            if again:
+            if again and not self._gave_up:
                 self._tasks.setdefault(name, again)
             self._changed.notify_all()
 
     def _pause(self, failures: int) -> None:
-        if self._closing.wait(min(self._first_pause * 2**failures, LONGEST_PAUSE_SECONDS)):
+        pause = self._first_pause * 2 ** min(failures, MAX_DOUBLINGS)
+        if self._closing.wait(min(pause, LONGEST_PAUSE_SECONDS)):
             time.sleep(self._first_pause)

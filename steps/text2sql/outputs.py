@@ -1,7 +1,9 @@
 """What a training leaves: whole on this machine's disk first, then logged, with the store slow or away."""
 
+import math
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,11 +65,13 @@ class Outputs:
         keep: int,
     ) -> None:
         self.model, self.tokenizer, self.describe = model, tokenizer, describe
-        self.recipe, self.keep = recipe, keep
+        self.recipe, self.keep, self._keep_on_disk = recipe, keep, keep
         self.run_id = active_run.run_id()
         self.folder = run_folder(self.run_id)
         self.background = Background()
         self._points: list[Point] = []
+        # Nothing begins to be logged while it is being removed.
+        self._removing = threading.Lock()
         self._uploading: Path | None = None
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -76,7 +80,9 @@ class Outputs:
         self.background.submit("metrics", self._send_points)
 
     def _send_points(self) -> None:
-        while batch := self._points[:POINTS_A_REQUEST]:
+        # Not as long as there are any: a training faster than the store would keep checkpoints waiting.
+        for _ in range(math.ceil(len(self._points) / POINTS_A_REQUEST)):
+            batch = self._points[:POINTS_A_REQUEST]
             run_log.log_points(self.run_id, batch)
             del self._points[: len(batch)]
 
@@ -94,23 +100,27 @@ class Outputs:
         except DiskError as error:
             print(f"\nNo checkpoint of step {step}, training goes on: {error}", flush=True)
             return
-        self._remove_old(self.keep)
+        self._remove_old()
         self.background.submit("checkpoint", lambda: self._log_checkpoint(target))
 
-    def _remove_old(self, keep: int) -> None:
-        for old in saved_in(self.folder)[keep:]:
-            if old != self._uploading:
-                shutil.rmtree(old, ignore_errors=True)
+    def _remove_old(self) -> None:
+        with self._removing:
+            for old in saved_in(self.folder)[self._keep_on_disk :]:
+                if old != self._uploading:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def _log_checkpoint(self, folder: Path) -> None:
-        self._uploading = folder
-        if folder.exists():  # else a newer one has taken its place
-            path = f"{store_names.CHECKPOINTS}/{folder.name}"
-            artifacts.log_folder(self.run_id, folder, path)
-            # In one piece: the training prints from another thread.
-            print(f"\nCheckpoint: runs:/{self.run_id}/{path}\n", end="", flush=True)
-            artifacts.keep_newest(self.run_id, store_names.CHECKPOINTS, self.keep, age=step_of)
+        with self._removing:
+            if not folder.exists():  # a newer one has taken its place
+                return
+            self._uploading = folder
+        path = f"{store_names.CHECKPOINTS}/{folder.name}"
+        artifacts.log_folder(self.run_id, folder, path)
+        # In one piece: the training prints from another thread.
+        print(f"\nCheckpoint: runs:/{self.run_id}/{path}\n", end="", flush=True)
+        artifacts.keep_newest(self.run_id, store_names.CHECKPOINTS, self.keep, age=step_of)
         self._uploading = None
+        self._remove_old()
 
     def keep_adapter(self, step: int) -> None:
         """Write the adapter to the disk, and log it.
@@ -145,7 +155,8 @@ class Outputs:
         try:
             write_folder(target, fill)
         except DiskError:
-            self._remove_old(1)  # the room of older checkpoints is worth less than the adapter
+            self._keep_on_disk = 1  # the room of older checkpoints is worth less than the adapter
+            self._remove_old()
             write_folder(target, fill)
 
     def __enter__(self) -> Self:
