@@ -24,6 +24,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -66,6 +67,7 @@ BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 8, 512, 96
 ROWS_AT_ONCE = {"cuda": 4000, "cpu": 32}
 ROWS_READ_AT_ONCE = {"cuda": 64, "cpu": 16}
 NEVER = 10**9
+GRADIENT_BATCHES = 8
 QUERY_SECONDS = 5.0
 Scores = dict[str, float]
 
@@ -75,7 +77,8 @@ class Recipe:
     """Everything that a recipe may say; the fields' defaults are the project's, and None its rule.
 
     `start` is how the adapter begins: `lora` (B is zero), `eva` (B is zero, and A the largest directions of
-    the layer's inputs, arXiv 2410.07170), or on the largest directions of the weights (`pissa`, arXiv
+    the layer's inputs, arXiv 2410.07170), `gradient` (B is zero, and A those of the weight's gradient, which
+    LoRA-GA begins with, arXiv 2407.05000), or on the largest directions of the weights (`pissa`, arXiv
     2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
     """
 
@@ -119,6 +122,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "PiSSA": {"start": "pissa"},
     "LoftQ": {"start": "loftq"},
     "EVA": {"start": "eva", "lora": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}},
+    "gradient": {"start": "gradient"},
     "NEFTune 5": {"settings": {"neftune_noise_alpha": 5.0}},
     "NEFTune 15": {"settings": {"neftune_noise_alpha": 15.0}},
     "balanced lengths": {"balanced_lengths": True},
@@ -244,17 +248,46 @@ def start_on_directions(model: PeftModel, kind: str) -> None:
             weight.copy_(through_nf4(rest.to(weight.dtype)))
 
 
-def start_on_inputs(model: PeftModel, rows: datasets.Dataset) -> None:
-    """Begin an adapter on the inputs that rows bring about."""
+def batches_of(rows: datasets.Dataset) -> torch.utils.data.DataLoader:
+    """Shuffled rows, padded."""
     collate = DataCollatorForSeq2Seq(load_base_tokenizer(EMBEDDED_BASE))
-    batches = torch.utils.data.DataLoader(
+    return torch.utils.data.DataLoader(
         rows.select_columns(["input_ids", "labels"]),
         batch_size=BATCH_SIZE,
         shuffle=True,
         generator=torch.Generator().manual_seed(0),
         collate_fn=lambda batch: dict(collate(batch)),
     )
-    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+
+
+def weight_gradients(model: PeftModel, rows: datasets.Dataset) -> dict[LoraLayer, torch.Tensor]:
+    """Each adapted layer's gradient, (outputs, inputs), summed over `GRADIENT_BATCHES`."""
+    totals: dict[LoraLayer, torch.Tensor | float] = defaultdict(float)
+
+    def note(layer: LoraLayer, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+        inputs = given[0].detach().flatten(0, -2).float()
+
+        def add(gradient: torch.Tensor) -> None:
+            totals[layer] = totals[layer] + gradient.flatten(0, -2).float().T @ inputs
+
+        made.register_hook(add)
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    for batch in itertools.islice(batches_of(rows), GRADIENT_BATCHES):
+        model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad()
+    return totals
+
+
+def start_on_gradients(model: PeftModel, rows: datasets.Dataset) -> None:
+    """Begin each A on the largest directions of its weight's gradient, with rows as long as those of peft."""
+    for layer, gradient in weight_gradients(model, rows).items():
+        down = layer.lora_A["default"].weight
+        *_, right = torch.svd_lowrank(gradient, q=4 * len(down), niter=4)
+        down.data.copy_(right[:, : len(down)].T / 3**0.5)
 
 
 def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_plan.Plan]:
@@ -267,7 +300,9 @@ def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_
     if changes_base:
         start_on_directions(model, recipe.start)
     elif recipe.start == "eva":
-        start_on_inputs(model, data["train"])
+        initialize_lora_eva_weights(model, batches_of(data["train"]), show_progress_bar=False)
+    elif recipe.start == "gradient":
+        start_on_gradients(model, data["train"])
     return model, plan
 
 

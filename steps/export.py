@@ -1,5 +1,6 @@
 """Write a registered version as one merged model for other engines, once it answers as the version does."""
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,7 +123,8 @@ def report(version: ModelVersion, output: Path) -> None:
             store_names.TAG_EXPORTED_TO: str(output),
         }
     )
-    print(f"  {output}\n  serve       vllm serve {output} --served-model-name {version.name}\n")
+    serve = shlex.join(["vllm", "serve", str(output), "--served-model-name", version.name])
+    print(f"  {output}\n  serve       {serve}\n")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def train(
 
 def validation_rows(call: SweepCall) -> dict[str, str]:
     """Rows of a validation: the same in all trials, however short, or their losses were no comparison."""
-    return {"validation_rows": call.given.get("validation_rows", str(VALIDATION_ROWS))}
+    given = call.given.get("validation_rows", "auto")
+    return {"validation_rows": str(VALIDATION_ROWS) if given == "auto" else given}
 
 
 def recipe(call: SweepCall, values: dict[str, str]) -> dict[str, str]:

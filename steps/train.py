@@ -198,7 +198,7 @@ def dry_run(params: TrainParams) -> None:
 def work_of(params: TrainParams, data: datasets.DatasetDict, *, steps: int) -> Work:
     """What is to be trained on."""
     rows = data["train"]
-    return Work(len(rows), training.mean_tokens(rows), params.batch_size, steps)
+    return Work(len(rows), training.mean_tokens(rows), training.longest_row(data), params.batch_size, steps)
 
 
 def load_model(

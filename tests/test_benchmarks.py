@@ -1,6 +1,7 @@
 """The scripts of benchmarks/ follow the library; what they measure is small here."""
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -87,6 +88,7 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
     names = [
         "defaults",
         "EVA",
+        "gradient",
         "LoftQ",
         "LoRA+ 4 & learning rate 0.002",
         "balanced lengths",
@@ -102,6 +104,26 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
     head, _, *found = capsys.readouterr().out.splitlines()
     assert "choice, exact match" in head
     assert [row.split(" | ")[0] for row in found] == [f"| {name}" for name in names]
+
+
+def test_an_adapter_can_begin_on_the_directions_of_the_frozen_weights_gradient(
+    tiny_base, recipe_rows, monkeypatch
+):
+    monkeypatch.setattr(recipe, "EMBEDDED_BASE", str(tiny_base))
+    rows = recipe.prepared(pandas.read_json(recipe_rows, lines=True), recipe.Recipe())["train"]
+    model = adapter.attach(load_base(str(tiny_base), "none"), train_throughput.project_lora())
+    found = recipe.weight_gradients(model, rows)
+    recipe.start_on_gradients(model, rows)
+    for layer in found:
+        layer.base_layer.weight.requires_grad_()
+    for batch in itertools.islice(recipe.batches_of(rows), recipe.GRADIENT_BATCHES):
+        model(**batch).loss.backward()  # B is zero: the adapter changes nothing
+    assert len(found) == 2 * 7
+    for layer, gradient in found.items():
+        torch.testing.assert_close(gradient, layer.base_layer.weight.grad, rtol=1e-3, atol=1e-6)
+        directions = torch.linalg.svd(gradient).Vh[:4]
+        held = layer.lora_A["default"].weight * 3**0.5
+        torch.testing.assert_close((directions @ held.T).norm(dim=1), torch.ones(4), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(

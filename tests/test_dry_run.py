@@ -1,5 +1,7 @@
 """A plan without a training: what it says, and that nothing comes of it."""
 
+import shlex
+
 import mlflow
 import pytest
 
@@ -128,3 +130,13 @@ def test_nothing_is_downloaded_for_a_folder_or_the_embedded_base(tmp_path):
 )
 def test_times_are_said_as_roughly_as_they_are_known(seconds, text):
     assert screen.duration(seconds) == text
+
+
+def test_a_printed_command_names_the_experiment_that_earlier_runs_are_in(store):
+    with mlflow.start_run():
+        assert "--experiment-id" not in screen.step_command("main", {})
+    found = mlflow.set_experiment("another one").experiment_id
+    with mlflow.start_run():
+        command = shlex.split(screen.step_command("main", {}))
+    mlflow.set_experiment(experiment_id="0")
+    assert command[command.index("--experiment-id") + 1] == found

@@ -109,7 +109,7 @@ def test_a_plan_says_what_it_does():
 
 
 def test_the_peak_is_weights_adapter_activations_and_buffers():
-    named = COUNTS | {"device": "cuda", "weights": int(LOADED_BYTES), "step_tokens": 1040}
+    named = COUNTS | {"device": "cuda", "weights": int(LOADED_BYTES), "longest": 512, "step_tokens": 1040}
     found = memory_plan.peak_bytes(plan(80), MISTRAL, **named)
     # An H100 that dequantized the weights held 22.9 GiB at most in steps of 1,040 tokens.
     assert 22.9 * 0.9 < found / 2**30 < 22.9 * 1.1
@@ -119,8 +119,14 @@ def test_the_peak_is_weights_adapter_activations_and_buffers():
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_peak_of_small_steps_is_that_of_the_longest_row():
+    named = COUNTS | {"device": "cuda", "weights": 0}
+    small = memory_plan.peak_bytes(plan(80), MISTRAL, longest=512, step_tokens=130, **named)
+    assert small == memory_plan.peak_bytes(plan(80), MISTRAL, longest=130, step_tokens=512, **named)
+
+
 def test_a_process_counts_where_weights_lie_in_its_own_memory():
-    named = COUNTS | {"weights": 0, "step_tokens": 1040}
+    named = COUNTS | {"weights": 0, "longest": 512, "step_tokens": 1040}
     on = {
         device: memory_plan.peak_bytes(plan(16), MISTRAL, device=device, **named)
         for device in ("cpu", "cuda")

@@ -73,6 +73,8 @@ def test_its_first_line_tells_versions_apart():
 def test_the_card_of_a_version_says_how_to_use_that_version():
     use = section(model_card.render(DESCRIBED, LORA, name="text2sql", version="7"), "Use")
     assert use.count("models:/text2sql/7") == 3
+    use = section(model_card.render(DESCRIBED, LORA, name="shop sql", version="7"), "Use")
+    assert "`mlflow models serve -m 'models:/shop sql/7' --env-manager uv`" in use
     assert "champion" not in use
 
 

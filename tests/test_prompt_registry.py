@@ -56,7 +56,7 @@ def test_a_name_that_a_model_has_already_is_the_users_error():
 def test_a_prompts_name_cannot_be_a_models():
     publish()
     prompt_registry.check_model_name("text2sql")
-    with pytest.raises(UserError, match="registered_model_name=text2sql-prompt: is the name of a prompt there"):
+    with pytest.raises(UserError, match="registered_model_name=text2sql-prompt: is the name of a prompt"):
         prompt_registry.check_model_name("text2sql-prompt")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pandas
@@ -16,7 +17,14 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    MistralConfig,
+)
 from transformers.integrations import sdpa_attention
 
 from steps.text2sql import sample_data, sql_model
@@ -185,7 +193,14 @@ CREATE TABLE dept (id INTEGER, title TEXT)"""
         "SELECT id FROM heads WHERE name = 'it''s \"a\" = b c or d' AND y = 1",
         'SELECT id FROM heads WHERE name = "a = b c or d"',
         "SELECT age ages FROM heads ORDER BY ages",
-        'SELECT age "ages", y names FROM heads ORDER BY names',
+        'SELECT age "ages", y names FROM heads ORDER BY ages, names',
+        "SELECT MAX(age) AS [ages], MAX(y) `names` FROM heads GROUP BY id HAVING ages > 50 ORDER BY names",
+        'WITH "head" AS (SELECT * FROM heads) SELECT id FROM head',
+        "SELECT CASE WHEN age > 1 THEN 2 END ages, NULL names, 5 yy FROM heads ORDER BY ages, names, yy",
+        "SELECT age ISNULL ages, age > 5 idd FROM heads ORDER BY ages, idd",
+        "SELECT id FROM heads WHERE y = 0x1F OR age = [y] OR [heads].[age] = [heads].[dept_id] AND id = 1",
+        "SELECT id FROM heads WHERE age = CASE y WHEN 3 THEN 1 ELSE 2 END AND y = CASE WHEN 1 THEN 2 END",
+        "SELECT id FROM heads WHERE age = 5 /* five */ AND y = 3 -- three",
         "SELECT headss.age FROM (SELECT age FROM heads) headss WHERE headss.age = 1 COLLATE NOCASE",
         "WITH head AS (SELECT id FROM heads) SELECT id FROM head",
         "WITH head(idd, agee) AS (SELECT id, age FROM heads) SELECT idd, agee FROM head",
@@ -203,10 +218,25 @@ def test_repair_leaves_what_sqlite_takes_as_it_is(sound):
     assert sql_model.repair_sql(sound, SHOP) == sound
 
 
-def test_repair_takes_a_time_in_proportion_to_the_length_of_what_was_written():
-    blank = "SELECT age FROM heads WHERE name = b" + "\n" * 100_000 + 'c "x"'
+@pytest.mark.parametrize(
+    "written",
+    [
+        "SELECT age FROM heads WHERE name = b" + "\n" * 100_000 + 'c "x"',
+        "SELECT " + "a" * 50_000,
+        "SELECT " + "a$" * 50_000 + " as",
+        'SELECT id FROM heads WHERE name = "' + " " * 100_000,
+        "SELECT " + "[" * 50_000,
+        "SELECT " + "'\"" * 50_000,
+        "SELECT id FROM heads WHERE name =" + " a" * 50_000,
+        "SELECT id FROM heads WHERE name =" + " case" * 20_000,
+        "SELECT id FROM heads WHERE " + "name = b " * 10_000,
+        "SELECT " + "a(" * 50_000,
+    ],
+    ids=lambda written: f"{written[-30:-24]!r}",
+)
+def test_repair_takes_a_time_in_proportion_to_the_length_of_what_was_written(written):
     start = time.monotonic()
-    sql_model.repair_sql(blank, SHOP)
+    sql_model.repair_sql(written, SHOP)
     assert time.monotonic() - start < 5
 
 
@@ -290,6 +320,30 @@ def grouped(kind, **named):
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return AutoModelForCausalLM.from_config(kind(vocab_size=600, **shape, **heads, **named)).eval()
+
+
+def test_nothing_is_written_beyond_the_positions_that_a_model_has(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=40, n_embd=8, n_layer=1, n_head=1)
+    model = GPT2LMHeadModel(config).eval()
+    model.transformer.ln_f.requires_grad_(False).weight.zero_()  # word 0 is the likeliest, which is not EOS
+    monkeypatch.setattr(sql_model, "_answer", lambda _, new: sql_model.Generated(str(len(new)), False))
+    monkeypatch.setattr(sql_model, "encode_prompts", lambda _, prompts: [[5] * int(p) for p in prompts])
+    found = {}
+    for batch in sql_model.generate(model, tokenizer, ["10", "30", "60", "40", "39"], max_new_tokens=20):
+        found |= batch
+    assert [found[i].fits for i in range(5)] == [True, True, False, False, True]
+    assert [found[i].text for i in range(5)] == ["20", "10", "", "", "1"]
+
+
+def test_a_request_that_is_too_long_for_the_model_names_its_rows():
+    model = sql_model.SQLModel()
+    model.model = SimpleNamespace(config=GPT2Config(n_positions=40))
+    answers = {0: sql_model.Generated("SELECT 1", True), 1: sql_model.Generated("", False, fits=False)}
+    model.answer = lambda rows, **_: iter([answers])
+    row = {"question": "Which?", "context": CONTEXT}
+    with pytest.raises(MlflowException, match=r"too long in row 1 .*: the model reads 40 tokens"):
+        model.predict(None, pandas.DataFrame([row, row]))
 
 
 @pytest.mark.parametrize(("window", "shared"), [(64, True), (12, False)])
@@ -379,6 +433,8 @@ def test_64_rows_of_one_request_are_one_batch_and_very_long_ones_are_several(bas
     ("row", "params", "problem"),
     [
         ({"question": None}, {}, "question: null, empty or no text in row 1 (counted from 0)"),
+        ({"question": "half \ud83d"}, {}, "question: null, empty or no text in row 1 (counted from 0)"),
+        ({"context": "half \ud83d"}, {}, "context: no text in row 1 (counted from 0)"),
         ({"question": float("nan")}, {}, "question: null, empty or no text in row 1"),
         ({"question": "\n"}, {}, "question: null, empty or no text in row 1"),
         ({"question": 5}, {}, "question: null, empty or no text in row 1"),

@@ -94,6 +94,9 @@ def test_every_trial_gets_the_same_data_and_fixed_values(swept, chain):
 def test_validations_have_the_rows_that_the_user_says(swept):
     _, told = swept.run(validation_rows=7)
     assert {values["validation_rows"] for values in told} == {"7"}
+    assert sweep.validation_rows(parse_sweep(words(defaults("sweep") | {"validation_rows": "auto"}))) == {
+        "validation_rows": "64"
+    }
 
 
 def test_a_failure_says_how_to_go_on(swept, monkeypatch):

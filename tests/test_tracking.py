@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ import pytest
 from mlflow.entities import Run
 from pydantic import Field
 
-from steps.text2sql import active_run, artifacts, processes, project_source, run_log, step_run
+from steps.text2sql import active_run, artifacts, liveness, processes, project_source, run_log, step_run
 from steps.text2sql.artifacts import downloaded
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.model_versions import model_version
@@ -181,6 +181,21 @@ def test_a_signal_while_the_run_is_made_kills_the_run(monkeypatch, number):
     message = exit_text(lambda: pytest.fail("the body was called"))
     assert message == f"\nStopped by {number.name}."
     assert (last_run().info.status, last_run().data.tags["stopped_by"]) == ("KILLED", number.name)
+
+
+@pytest.mark.usefixtures("store")
+def test_a_signal_while_the_run_is_announced_kills_the_run(monkeypatch):
+    announced = liveness.announced
+
+    @contextmanager
+    def interrupted(run_id):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with announced(run_id):
+            yield
+
+    monkeypatch.setattr(liveness, "announced", interrupted)
+    assert exit_text(lambda: pytest.fail("the body was called")) == "\nStopped by SIGTERM."
+    assert (last_run().info.status, last_run().data.tags["stopped_by"]) == ("KILLED", "SIGTERM")
 
 
 @pytest.mark.usefixtures("store")

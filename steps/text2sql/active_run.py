@@ -11,6 +11,11 @@ def run_id() -> str:
     return mlflow.active_run().info.run_id
 
 
+def experiment_id() -> str:
+    """Id of the experiment of this step's run."""
+    return mlflow.active_run().info.experiment_id
+
+
 def tags() -> dict[str, str]:
     """Tags of this run as they are now."""
     return mlflow.get_run(run_id()).data.tags

@@ -105,8 +105,7 @@ def _verdicts(rows: list[Mapping[str, Any]], prefix: str = "") -> Verdicts:
 
 
 def _unusable(run_id: str, version: ModelVersion, problem: str) -> UserError:
-    model = f"models:/{version.name}/{version.version}"
+    model = shlex.quote(f"model_uri=models:/{version.name}/{version.version}")
     return UserError(
-        f"evaluation_run_id={run_id}: {problem}; run: "
-        f"mlflow run . -e evaluate -P model_uri={model} -P dataset_uri=…"
+        f"evaluation_run_id={run_id}: {problem}; run: mlflow run . -e evaluate -P {model} -P dataset_uri=…"
     )

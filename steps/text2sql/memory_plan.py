@@ -178,12 +178,13 @@ def peak_bytes(
     weights: int,
     four_bit: int,
     trainable: int,
+    longest: int,
     step_tokens: float,
 ) -> int:
     """What the steps of a training take at their peak, `weights` bytes of the base among it; the arithmetic
     of `make`."""
     unpacked = _unpacked_bytes(four_bit, shape) if plan.dequantize else 0
-    tokens = min(plan.tokens, int(step_tokens))
+    tokens = min(plan.tokens, max(longest, int(step_tokens)))
     activations = tokens * shape.token_bytes(recompute=plan.recompute)
     held = weights + unpacked + trainable * TRAINABLE_BYTES
     return held + activations + WORKSPACE_BYTES + PROCESS_BYTES[device]

@@ -1,5 +1,6 @@
 """The model card: what a version was made of, how well it does, where its limits are, and how to use it."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ def render(
     of an evaluate run, named or linked in Markdown by `evaluation_run`.
     """
     source = described.of_dataset
+    uri = f"models:/{name}/{version}" if version else f"models:/{name}@champion"
     scored = _scores(scores, evaluated_rows, evaluation_run) if scores else "Not evaluated yet."
     sections = {
         "Base": _base(source, described.quantization),
@@ -44,7 +46,7 @@ def render(
         "Recipe": _recipe(described, lora),
         "Scores": scored,
         "Limits": LIMITS,
-        "Use": USE.format(uri=f"models:/{name}/{version}" if version else f"models:/{name}@champion"),
+        "Use": USE.format(uri=uri, quoted=shlex.quote(uri)),
     }
     intro = "Writes an SQL query for a question and, as context, the `CREATE TABLE` statements of its tables."
     title = " ".join(filter(None, [name, version and f"version {version}", scores and _headline(scores)]))
@@ -84,7 +86,7 @@ model.predict([{{"question": "How many heads are there?", "context": "CREATE TAB
 pipeline = mlflow.transformers.load_model("{uri}")  # takes filled prompt templates
 ```
 
-`mlflow models serve -m {uri} --env-manager uv` serves it."""
+`mlflow models serve -m {quoted} --env-manager uv` serves it."""
 
 
 def license_name(text: str) -> str:

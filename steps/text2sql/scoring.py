@@ -40,7 +40,7 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """Scores of one prediction. `execution_accuracy` is None where the row has no database to run on.
+    """Scores of one prediction.
 
     `reason` is the one of `failures.REASONS` for which it is no valid SQL or returns something else, and
     `detail` the message behind it; both are empty when it is right.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from steps.text2sql import mlproject, project_source, run_page, scoring, store_names
+from steps.text2sql import active_run, mlproject, project_source, run_page, scoring, store_names
 
 # A question that also a shortly trained model should get right.
 EXAMPLE = {
@@ -18,9 +18,15 @@ EXAMPLE = {
 def step_command(step: str, values: Mapping[str, str]) -> str:
     """The command that runs a step again alone, with every value that main gives it."""
     words = ["mlflow", "run", project_source.uri(), *project_source.version(), "--env-manager"]
-    words += [project_source.env_manager(), "-e", step]
+    words += [project_source.env_manager(), *_experiment(), "-e", step]
     words += [word for name, value in values.items() for word in ("-P", f"{name}={value}")]
     return shlex.join(words)
+
+
+def _experiment() -> list[str]:
+    """Where earlier runs are looked for; `mlflow run` takes experiment 0 without being told."""
+    found = active_run.experiment_id()
+    return ["--experiment-id", found] if found != "0" else []
 
 
 def reused(run_id: str, end_time_ms: int) -> str:

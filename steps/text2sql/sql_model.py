@@ -99,10 +99,14 @@ class BaseModelError(RuntimeError):
 
 
 class Generated(NamedTuple):
-    """One answer: the text after the prompt, and whether the model ended it itself with EOS."""
+    """One answer: the text after the prompt, and whether the model ended it itself with EOS.
+
+    `fits` is false where the prompt alone has as many tokens as the model has positions.
+    """
 
     text: str
     stopped: bool
+    fits: bool = True
 
 
 class ChatPrompt(str):
@@ -141,7 +145,7 @@ def extract_sql(text: str) -> str:
 # Repair of SQL by its form alone
 
 # A text, a name, a number or anything else.
-QUOTED = r"""("[^"]*"|'[^']*'|`[^`]*`|\[[^]]*\])"""
+QUOTED = r"""("[^"]*"|'[^']*'|`[^`]*`|\[[^][]*\])"""
 NAME = r"[^\W\d][\w$]*"
 SQL_TOKEN = re.compile(rf"{QUOTED}|({NAME})|(\d[\w.$]*|.)", re.DOTALL)
 SQL_WORDS = frozenset(
@@ -167,20 +171,28 @@ SOUND_ENDS = (
     "asc|between|collate|cross|desc|else|end|escape|from|full|glob|in|inner|is|isnull|left|like|match|natural|"
     "not|notnull|outer|regexp|right|then|using|when|window"
 )
-PIECE = r"[^\s\"'`()=<>;]+"
+PIECE = r"[^\s\"'`()[\]=<>;]+"
 COMPARED = re.compile(rf"{QUOTED}|([=<>]\s*)({PIECE}(?:\s+{PIECE})*?){CLAUSE_END}", re.IGNORECASE)
-NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
+NUMBER = r"(?:0x[\da-f]+|(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)"
 OPERAND = rf"(?:not\s+)*(?:[-+~]\s*)*(?:{NUMBER}|{NAME}(?:\s*\.\s*{NAME})*)"
 VALUE = rf"{OPERAND}(?:\s*(?:\|\||<<|>>|[-+*/%&|])\s*{OPERAND})*"
-SOUND_START = re.compile(rf"({VALUE})(?:\s*,|\s+(?:{SOUND_ENDS})\b)", re.IGNORECASE)
+SOUND_START = re.compile(rf"({VALUE})(?:\s*,|\s+(?:{SOUND_ENDS})\b|\s+{NAME}\s+from\b)", re.IGNORECASE)
+SOUND_WHATEVER_COMES = re.compile(r"case\b.*\bend\b|.*(?:/\*|--)", re.IGNORECASE | re.DOTALL)
 NUMBER_WITH_COMMAS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-OPEN_TEXT = re.compile(r"""([=<>]\s*)"([^"]*?)(\s+(?:and|or)\s+[\w$.]+\s*[=<>]+\s*")""", re.IGNORECASE)
+OPEN_TEXT = re.compile(r"""([=<>]\s*)"([^"]*?)((?<!\s)\s+(?:and|or)\s+[\w$.]+\s*[=<>]+\s*")""", re.IGNORECASE)
 GLUED = re.compile(rf"(select|from|where|and)({NAME})", re.IGNORECASE)
+# What may stand before a name that is given without AS, beside other names.
+LAST = r"(?:binary|current_(?:date|time|timestamp)|end|false|isnull|nocase|notnull|null|rtrim|true)\b"
+WORDS = rf"(?:{'|'.join(SQL_WORDS)})\b"
 # Names that a query makes: `… AS name`, `name AS (…)` with or without names of columns, and two in a row.
 MADE_NAMES = (
     re.compile(rf"\bas\s+({NAME})", re.IGNORECASE),
-    re.compile(rf"({NAME}(?:\s*\([^()]*\))?)\s*\bas\s*(?:(?:not\s+)?materialized\s*)?\(", re.IGNORECASE),
-    re.compile(rf"(?:[\"'`)\]]|\b(?!(?:{'|'.join(SQL_WORDS)})\b){NAME})\s+({NAME})", re.IGNORECASE),
+    re.compile(
+        rf"(?<![\w$])({NAME}(?:\s*\([^()]*\))?)\s*\bas\s*(?:(?:not\s+)?materialized\s*)?\(", re.IGNORECASE
+    ),
+    re.compile(
+        rf"(?:[\"'`)\]]|(?<![\w$])(?:{LAST}|(?!{WORDS}){NAME}|{NUMBER}))\s+(?=({NAME}))", re.IGNORECASE
+    ),
 )
 # Similarity of a wrong name to the right one, by difflib's ratio.
 SIMILAR_NAME = 0.75
@@ -189,9 +201,10 @@ SIMILAR_NAME = 0.75
 def repair_sql(sql: str, context: str) -> str:
     """Mend what a small model writes amiss, by the form of the query and the names of its context alone.
 
-    A text that does not end is closed, a constant that is no number is quoted (`= 18%`), and an unknown name
-    becomes the most similar one of the context. Nothing is executed, and a query that is sound is to stay as
-    it is.
+    A text in double quotes that does not end is closed, a constant that is no number is quoted (`= 18%`),
+    and an unknown name becomes the most similar one of the context. Nothing is executed, and a query that is
+    sound is to stay as it is; what is known to be changed all the same is the name of a comparison that is
+    selected, without AS and before a comma (`SELECT a > 5 b, c`).
     """
     sql = _with_texts_closed(sql)
     of_context = {token[2].lower(): token[2] for token in SQL_TOKEN.finditer(context) if token[2]}
@@ -215,15 +228,16 @@ def _is_open(sql: str) -> bool:
 
 
 def _made_names(sql: str) -> set[str]:
+    quoted = (token[1][1:-1] for token in SQL_TOKEN.finditer(sql) if token[1])
     without_texts = re.sub(QUOTED, '""', sql)
-    found = (name for pattern in MADE_NAMES for name in pattern.findall(without_texts))
+    found = [*quoted, *(name for pattern in MADE_NAMES for name in pattern.findall(without_texts))]
     return {word.lower() for names in found for word in re.findall(NAME, names)}
 
 
 def _quoted(match: re.Match[str], known: Set[str]) -> str:
     """A number, a name or an arithmetic expression stays, and so do texts; anything else was meant as one."""
     _, operator, value = match.groups()
-    if match[1] or re.fullmatch(VALUE, value, re.IGNORECASE):
+    if match[1] or re.fullmatch(VALUE, value, re.IGNORECASE) or SOUND_WHATEVER_COMES.match(value):
         return match[0]
     start = SOUND_START.match(value)
     if start and not NUMBER_WITH_COMMAS.fullmatch(value) and _names(start[1]) <= known:
@@ -534,14 +548,20 @@ def generate(
 
     A batch has at most `batch_size` rows, and fewer where they would hold more than `max_batch_tokens`.
     Yields each batch as {index into prompts: answer}, longest prompts first: a batch that is too large for
-    the memory fails at once, and is halved then.
+    the memory fails at once, and is halved then. Nothing is written beyond the model's positions.
     """
     ids = encode_prompts(tokenizer, prompts) if prompts else []
-    settings = greedy(tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     while order:
-        fitting = max(1, max_batch_tokens // (len(ids[order[0]]) + max_new_tokens))
+        room = min(max_new_tokens, positions(model) - len(ids[order[0]]))
+        if room < 1:
+            yield {order.pop(0): Generated("", stopped=False, fits=False)}
+            continue
+        fitting = max(1, max_batch_tokens // (len(ids[order[0]]) + room))
+        if room < max_new_tokens:  # alone: the others have more
+            fitting = 1
         batch = order[: min(batch_size, fitting)]
+        settings = greedy(tokenizer, max_new_tokens=room, repetition_penalty=repetition_penalty)
         new_tokens = _generate_batch(model, tokenizer, [ids[i] for i in batch], settings)
         if new_tokens is None:
             batch_size = len(batch) // 2
@@ -549,6 +569,11 @@ def generate(
             continue
         del order[: len(batch)]
         yield {i: _answer(tokenizer, row) for i, row in zip(batch, new_tokens, strict=True)}
+
+
+def positions(model: PreTrainedModel) -> int:
+    """Tokens that the model can read and write in all."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _generate_batch(
@@ -634,7 +659,7 @@ def check_request(
     """
     bad = {
         "question: null, empty or no text": [not _has_text(value) for value in rows["question"]],
-        "context: no text": [not isinstance(value, str) for value in rows["context"]],
+        "context: no text": [not _is_text(value) for value in rows["context"]],
     }
     problems = [
         f"{problem} in row {', '.join(str(i) for i, found in enumerate(flags) if found)} (counted from 0)"
@@ -649,8 +674,13 @@ def check_request(
         raise MlflowException.invalid_parameter_value("; ".join(problems))
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it can be encoded; half of a surrogate pair, which JSON can write, cannot."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
 def _has_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return _is_text(value) and bool(value.strip())
 
 
 class QuantizedBase:
@@ -732,6 +762,11 @@ class SQLModel(PythonModel):
         check_request(rows, **settings)
         batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)
         answers = {i: answer for batch in batches for i, answer in batch.items()}
+        if too_long := sorted(i for i, answer in answers.items() if not answer.fits):
+            raise MlflowException.invalid_parameter_value(
+                f"question and context too long in row {', '.join(map(str, too_long))} (counted from 0): the "
+                f"model reads {positions(self.model)} tokens"
+            )
         texts = [answers[i].text for i in range(len(rows))]
         if full_text:
             return [prompt + text for prompt, text in zip(self.prompts(rows), texts, strict=True)]

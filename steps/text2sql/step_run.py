@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,11 +60,12 @@ def run_in_run(
         return
     with processes.on_signals(processes.raise_interrupt):
         check_store()
-        with processes.held_signals() as held:  # a run that is just being made could not be ended
-            run = mlflow.start_run(
-                log_system_metrics=None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else measure
-            )
-        with liveness.announced(run.info.run_id):
+        with ExitStack() as announced:
+            with processes.held_signals() as held:  # a run that is just being made could not be ended
+                run = mlflow.start_run(
+                    log_system_metrics=None if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set() else measure
+                )
+                announced.enter_context(liveness.announced(run.info.run_id))
             _run(body, (UserError, *user_errors), held)
 
 

@@ -11,10 +11,14 @@ from steps.text2sql.training_speed import Speed
 
 
 class Work(NamedTuple):
-    """What a training goes through: `steps` of `batch_size` rows, `mean_tokens` each, out of `rows`."""
+    """What a training goes through: `steps` of `batch_size` rows, `mean_tokens` each, out of `rows`.
+
+    The longest of all has `longest` tokens.
+    """
 
     rows: int
     mean_tokens: float
+    longest: int
     batch_size: int
     steps: int
 
@@ -41,6 +45,7 @@ def peak_bytes(
         weights=held.bytes,
         four_bit=held.four_bit,
         trainable=trainable,
+        longest=work.longest,
         step_tokens=work.step_tokens,
     )
 
