@@ -93,7 +93,7 @@ def moved_base(tiny_base, tmp_path_factory):
 def not_installed():
     """Packages of the project that the requirements of a package do not bring, not even by way of others."""
     pins = yaml.safe_load((PROJECT / "python_env.yaml").read_text())["dependencies"]
-    missing = {pin.split("==")[0] for pin in pins} - brought_by({"pip"})
+    missing = {canonicalize_name(pin.split("==")[0]) for pin in pins} - brought_by({"pip"})
     return ",".join(sorted(missing - brought_by(packaging.SERVING)))
 
 

@@ -224,6 +224,8 @@ def test_ctrl_c_during_the_imports_ends_a_step_without_a_traceback(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # As in a shell; what runs in the background of a script is started deaf to it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "imports\n"
     process.send_signal(signal.SIGINT)

@@ -20,7 +20,17 @@ from steps.text2sql.screen import EXAMPLE
 
 PYTHON_ENV = Path(__file__).parents[2] / "python_env.yaml"
 # What the served file imports.
-SERVING = {"mlflow", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "pandas"}
+SERVING = {
+    "accelerate",
+    "bitsandbytes",
+    "huggingface_hub",
+    "mlflow",
+    "pandas",
+    "peft",
+    "safetensors",
+    "torch",
+    "transformers",
+}
 # What fetches and reads the embedded base.
 EMBEDDED_BASE_ALONE = {"pip", "gguf"}
 SIGNATURE = ModelSignature(

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from steps.text2sql.errors import UserError
 
@@ -67,7 +65,7 @@ def open_storage(file: Path) -> optuna.storages.RDBStorage:
         storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
         storage.get_all_studies()  # what only has tables of the same names fails here
         return storage
-    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+    except Exception as error:  # whatever Optuna and the library below it raise
         reason = str(error).splitlines()[0]
         raise UserError(
             f"storage={file}: keeps no searches: {reason}; give a file that is not there yet."
