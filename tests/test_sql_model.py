@@ -125,6 +125,10 @@ CONTEXT = (
         ("SELECT masc FROM station", "SELECT mascot FROM station"),
         ("SELECT MAX(price__$) FROM stations", "SELECT MAX(price__$_) FROM station"),
         ("SELECTmascot FROM station", "SELECT mascot FROM station"),
+        (
+            "SELECT name FROM station WHEREmascot = 1 ANDname = 2",
+            "SELECT name FROM station WHERE mascot = 1 AND name = 2",
+        ),
         ("SELECT t1.mascott FROM station AS t1", "SELECT t1.mascot FROM station AS t1"),
         ("SELECT name FROM station WHERE mascot = 18%", 'SELECT name FROM station WHERE mascot = "18%"'),
         (

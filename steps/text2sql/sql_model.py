@@ -206,11 +206,11 @@ def repair_sql(sql: str, context: str) -> str:
     sound is to stay as it is; what is known to be changed all the same is the name of a comparison that is
     selected, without AS and before a comma (`SELECT a > 5 b, c`).
     """
-    sql = _with_texts_closed(sql)
     of_context = {token[2].lower(): token[2] for token in SQL_TOKEN.finditer(context) if token[2]}
-    known = SQL_WORDS | of_context.keys() | _made_names(sql)
-    sql = COMPARED.sub(functools.partial(_quoted, known=known), sql)
     names = {word: name for word, name in of_context.items() if word not in SQL_WORDS | {"create", "table"}}
+    sql = _with_words_apart(_with_texts_closed(sql), names)
+    known = SQL_WORDS | of_context.keys() | _made_names(sql, MADE_NAMES)
+    sql = COMPARED.sub(functools.partial(_quoted, known=known), sql)
     return "".join(
         _with_known_name(token, known, names) if token[2] else token[0] for token in SQL_TOKEN.finditer(sql)
     )
@@ -227,10 +227,22 @@ def _is_open(sql: str) -> bool:
     return any(token[0] == '"' for token in SQL_TOKEN.finditer(sql))
 
 
-def _made_names(sql: str) -> set[str]:
+def _with_words_apart(sql: str, names: Mapping[str, str]) -> str:
+    """`SELECTname` in two words, where `name` is a name of the context and the whole is none."""
+    known = names.keys() | _made_names(sql, MADE_NAMES[:-1])
+
+    def apart(token: re.Match[str]) -> str:
+        glued = GLUED.fullmatch(token[2] or "")
+        is_glued = glued and glued[2].lower() in names and token[2].lower() not in known
+        return f"{glued[1]} {glued[2]}" if is_glued else token[0]
+
+    return SQL_TOKEN.sub(apart, sql)
+
+
+def _made_names(sql: str, patterns: Sequence[re.Pattern[str]]) -> set[str]:
     quoted = (token[1][1:-1] for token in SQL_TOKEN.finditer(sql) if token[1])
     without_texts = re.sub(QUOTED, '""', sql)
-    found = [*quoted, *(name for pattern in MADE_NAMES for name in pattern.findall(without_texts))]
+    found = [*quoted, *(name for pattern in patterns for name in pattern.findall(without_texts))]
     return {word.lower() for names in found for word in re.findall(NAME, names)}
 
 
@@ -255,9 +267,6 @@ def _with_known_name(token: re.Match[str], known: Set[str], names: Mapping[str, 
     word, rest = token[2], token.string[token.end() :].lstrip()
     if word.lower() in known or rest.startswith(("(", ".")):  # a function's, or what qualifies a name
         return word
-    glued = GLUED.fullmatch(word)
-    if glued and glued[2].lower() in names:  # `SELECTname`
-        return f"{glued[1]} {glued[2]}"
     found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=SIMILAR_NAME)
     return names[found[0]] if found else word
 
