@@ -16,18 +16,23 @@ def test_tasks_are_done_in_their_order_and_waited_for():
     assert done == ["a", "b", "c"]
 
 
-def test_a_task_that_fails_is_tried_again_until_it_is_done_and_said_once(caplog):
+def tries_until_done(failures, *, first_pause_seconds):
+    """How often a task is tried that fails so many times."""
     tries = []
 
-    def fails_three_times():
+    def fails():
         tries.append(1)
-        if len(tries) <= 3:
+        if len(tries) <= failures:
             raise ConnectionError("away")
 
-    background = Background(first_pause_seconds=0.001)
-    background.submit("metrics", fails_three_times)
+    background = Background(first_pause_seconds=first_pause_seconds)
+    background.submit("metrics", fails)
     assert background.close(LIMIT_SECONDS) == []
-    assert len(tries) == 4
+    return len(tries)
+
+
+def test_a_task_that_fails_is_tried_again_until_it_is_done_and_said_once(caplog):
+    assert tries_until_done(3, first_pause_seconds=0.001) == 4
     said = [record.message for record in caplog.records]
     assert [text for text in said if "away" in text] == said[:1]
 
@@ -50,17 +55,7 @@ def test_a_task_that_hangs_is_named():
 
 
 def test_a_store_that_is_away_for_long_is_still_tried_again():
-    tries = []
-
-    def fails_often():
-        tries.append(1)
-        if len(tries) <= 1100:
-            raise ConnectionError("away")
-
-    background = Background(first_pause_seconds=0.0)
-    background.submit("metrics", fails_often)
-    assert background.close(LIMIT_SECONDS) == []
-    assert len(tries) == 1101
+    assert tries_until_done(1100, first_pause_seconds=0.0) == 1101
 
 
 def test_a_task_that_fails_after_the_end_is_not_tried_again():

@@ -16,6 +16,7 @@ from steps.text2sql import databases, hub, sample_data
 from steps.text2sql.databases import DATABASE
 from steps.text2sql.errors import UserError
 from steps.text2sql.parameter_checks import DATA_SUFFIXES
+from steps.text2sql.sql_model import is_text
 
 COLUMNS = ("question", "context", "answer")
 INCOMPLETE = "is missing, empty or not text"
@@ -225,14 +226,6 @@ def digest(rows: pandas.DataFrame) -> str:
     return state.hexdigest()
 
 
-def _is_text(value: Any) -> bool:
-    """Whether a cell is text that UTF-8 can write: half of a surrogate pair, as JSON allows it, is not."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
 def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     """Take out the rows that cannot teach: incomplete, contradictory or repeated ones.
 
@@ -242,8 +235,8 @@ def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     reasons = pandas.Series("", index=rows.index, dtype=object)
     rows = rows.copy()
     for name in COLUMNS:
-        is_text = rows[name].map(_is_text)
-        rows[name] = rows[name].where(is_text, "").str.strip()
+        has_text = rows[name].map(is_text)
+        rows[name] = rows[name].where(has_text, "").str.strip()
         reasons[(rows[name] == "") & (reasons == "")] = f"{name} {INCOMPLETE}"
     complete = rows[reasons == ""]
     answers = (

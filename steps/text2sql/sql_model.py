@@ -668,7 +668,7 @@ def check_request(
     """
     bad = {
         "question: null, empty or no text": [not _has_text(value) for value in rows["question"]],
-        "context: no text": [not _is_text(value) for value in rows["context"]],
+        "context: no text": [not is_text(value) for value in rows["context"]],
     }
     problems = [
         f"{problem} in row {', '.join(str(i) for i, found in enumerate(flags) if found)} (counted from 0)"
@@ -683,13 +683,13 @@ def check_request(
         raise MlflowException.invalid_parameter_value("; ".join(problems))
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it can be encoded; half of a surrogate pair, which JSON can write, cannot."""
+def is_text(value: Any) -> bool:
+    """Whether it is text that UTF-8 can write: half of a surrogate pair, as JSON allows it, is not."""
     return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 
 def _has_text(value: Any) -> bool:
-    return _is_text(value) and bool(value.strip())
+    return is_text(value) and bool(value.strip())
 
 
 class QuantizedBase:
