@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from steps.text2sql import adapter, memory_plan, sql_model, training
+from steps.text2sql import adapter, memory_plan, sql_model, trainer, training
 from steps.text2sql.checkpoints import Checkpoints
+from steps.text2sql.gradients import Gradients
 from steps.text2sql.training_speed import Speed
 
 
@@ -68,6 +69,7 @@ class Probe(TrainerCallback):
         self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.seen = int(state.num_input_tokens_seen)
         self.at_step(state.global_step)
 
     def on_log(self, args, state, control, *, logs, **kwargs):
@@ -81,7 +83,7 @@ class Probe(TrainerCallback):
         self.at_evaluation(state.global_step)
 
 
-def train(model, data, *, settings, callbacks, tokens=64, **named):
+def train(model, data, *, settings, callbacks, tokens=64, replay=False, **named):
     """Train with packs of so many tokens."""
     plan = memory_plan.Plan(tokens=tokens, recompute=False, dequantize=False, reason="")
     return training.train(
@@ -89,7 +91,7 @@ def train(model, data, *, settings, callbacks, tokens=64, **named):
         data,
         settings=settings,
         plan=plan,
-        replay=False,
+        replay=replay,
         callbacks=callbacks,
         checkpoints=NO_CHECKPOINTS,
         **named,
@@ -200,6 +202,61 @@ def test_gradients_of_packs_are_those_of_the_rows_one_by_one(model, tokenizer, s
     assert expected.norm() > 0
     # lora_B is zero at first, so lora_A has no gradient: the probe's step is the first.
     assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Tokens of the packs that were computed where recordings are made up; memory runs out above `room`
+    tokens, and None stands for recordings that were dropped."""
+    found = SimpleNamespace(tokens=[], room=math.inf)
+
+    class Recorded(Gradients):
+        def __init__(self, *given, replay, **named):
+            super().__init__(*given, replay=False, **named)
+            self.replay = replay
+
+        def forget_graphs(self):
+            self.graphs.clear()
+            found.tokens.append(None)
+
+        def add(self, pack, scale):
+            tokens = pack.input_ids.shape[1]
+            found.tokens.append(tokens)
+            if tokens > found.room:
+                raise torch.cuda.OutOfMemoryError
+            self.graphs[pack.input_ids.shape] = self.add
+            return self._compute(pack, scale)
+
+    monkeypatch.setattr(trainer, "Gradients", Recorded)
+    monkeypatch.setattr(trainer, "SHAPE_TOKENS", 16)
+    return found
+
+
+def test_what_is_recorded_first_is_as_large_as_all_that_follows(model, tokenizer, settings, recorded):
+    train(model, splits(tokenizer, 30), settings=settings(10, 3), callbacks=[], tokens=10_000, replay=True)
+    first, *others = recorded.tokens[1:]
+    assert len(others) == 10
+    assert first == max(others) > others[0]
+
+
+def test_what_is_recorded_first_leaves_no_trace(tiny_base, tokenizer, settings, recorded):
+    found = {}
+    for replay in (False, True):
+        torch.manual_seed(0)
+        lora = adapter.lora_config(r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        model, probe = adapter.attach(sql_model.load_base(str(tiny_base), "none"), lora), Probe()
+        train(model, splits(tokenizer, 12), settings=settings(3, 4), callbacks=[probe], replay=replay)
+        found[replay] = [*probe.losses, probe.seen]
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_once_memory_ran_out_the_largest_is_recorded_first_again(model, tokenizer, settings, recorded):
+    recorded.room = 100
+    train(model, splits(tokenizer, 30), settings=settings(10, 3), callbacks=[], tokens=10_000, replay=True)
+    dropped = recorded.tokens.index(None, 1)
+    assert recorded.tokens[dropped - 1] > recorded.room
+    largest, *others = recorded.tokens[dropped + 1 :]
+    assert largest == max(others) <= recorded.room
 
 
 def test_the_adapter_moves_and_the_base_does_not(model, tokenizer, settings):

@@ -42,8 +42,7 @@ class Gradients:
             )
         ]
         self.graphs: dict[tuple[int, ...], Callable[[Pack, torch.Tensor], torch.Tensor]] = {}
-        if replay:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
+        self.forget_graphs()
 
     def clear(self) -> None:
         """Start a step: all gradients are zero."""
@@ -64,8 +63,10 @@ class Gradients:
         return loss
 
     def forget_graphs(self) -> None:
-        """Drop all recordings; later ones take their memory."""
+        """Drop all recordings with their memory, which is free once the device's cache is cleared."""
         self.graphs.clear()
+        if self.replay:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
 
     def _compute(self, pack: Pack, scale: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext():

@@ -5,9 +5,11 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import patch_environment
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainingArguments
 
@@ -18,6 +20,7 @@ from steps.text2sql.gradients import Gradients
 from steps.text2sql.memory_plan import Plan
 from steps.text2sql.packed_attention import summed_loss
 from steps.text2sql.packing import SHAPE_TOKENS, Pack, Row
+from steps.text2sql.tokenization import lengths
 
 logger = logging.getLogger(__name__)
 OUT_OF_MEMORY = (
@@ -61,10 +64,14 @@ class PackedTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of rows, unpadded and not divided among processes."""
-        size = self.args.train_batch_size
+        return self._loader(self.train_dataset, self.args.train_batch_size, self._order())
+
+    def _order(self) -> Shuffled:
+        """Indices of the rows in the order of this epoch."""
         sampler = Shuffled(self.train_dataset, generator=torch.Generator(), data_seed=self.args.seed)
-        sampler.epoch_now = lambda: self.state.global_step // -(-len(self.train_dataset) // size)
-        return self._loader(self.train_dataset, size, sampler)
+        steps = -(-len(self.train_dataset) // self.args.train_batch_size)
+        sampler.epoch_now = lambda: self.state.global_step // steps
+        return sampler
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All validation rows at once, so that their loss is the mean over their answer tokens."""
@@ -82,12 +89,27 @@ class PackedTrainer(ResumableTrainer):
         """
         model.train()
         self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
-        loss = self._step(rows)
+        loss = self._fitting_step(rows)
         while loss is None:
             self._halve(rows)
-            loss = self._step(rows)
+            loss = self._fitting_step(rows)
         collectives.add_up(self.gradients.flat)
         return collectives.add_up(loss)
+
+    def _fitting_step(self, rows: list[Row]) -> torch.Tensor | None:
+        """As `_step`, with the epoch's largest one before the first that is recorded: recordings share their
+        memory, and would take new memory for each that is larger than all before."""
+        is_first = self.gradients.replay and not self.gradients.graphs
+        if is_first and self._step(self._largest_rows()) is None:
+            return None
+        return self._step(rows)
+
+    def _largest_rows(self) -> list[Row]:
+        """Rows of the step of this epoch that has the most tokens."""
+        size, order = self.args.train_batch_size, list(self._order())
+        tokens = lengths(self.train_dataset).to_numpy()[order]
+        start = size * int(numpy.add.reduceat(tokens, range(0, len(order), size)).argmax())
+        return [self.train_dataset[i] for i in order[start : start + size]]
 
     def _step(self, rows: list[Row]) -> torch.Tensor | None:
         """Share of this process in the loss, with its gradients; None when memory ran out in any process."""
@@ -114,7 +136,7 @@ class PackedTrainer(ResumableTrainer):
         self.has_halved, self.plan = True, self.plan.halved(largest=int(largest))
         logger.warning("\nOut of memory: going on with %d tokens at once", self.plan.tokens)
         self.gradients.forget_graphs()
-        torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
     def _packs(self, rows: list[Row], *, multiple: int | None = None) -> list[Pack]:
         """Packs of this process; each process has as many."""
