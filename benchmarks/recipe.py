@@ -107,6 +107,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "warm-up 10 %": {"warmup_share": 0.1},
     "attention only": {"lora": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
     "MLP only": {"lora": {"target_modules": ["gate_proj", "up_proj", "down_proj"]}},
+    "norms too": {"lora": {"modules_to_save": ["input_layernorm", "post_attention_layernorm"]}},
     "r=16, alpha=32": {"lora": {"r": 16, "lora_alpha": 32}},
     "r=64, alpha=128": {"lora": {"r": 64, "lora_alpha": 128}},
     "dropout 0.05": {"lora": {"lora_dropout": 0.05}},

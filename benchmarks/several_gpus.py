@@ -2,11 +2,11 @@
 
     python -m benchmarks.several_gpus --architecture mistral-7b --rows 32 --steps 50
 
-Weights are random, made once in --models, with the embedded base's tokenizer; rows are the built-in ones. All
-trainings are runs of the project's own step `train`. Losses and norms of gradients are means of
-`--logging-steps` steps; rows a second are the median of the last points: before them shapes are recorded, and
-a checkpoint is written in half of the steps. Where there is no GPU, two processes share the processors: that
-shows that it works, and nothing of speed.
+Weights are random, made once in --models, with the embedded base's tokenizer; --dataset is a file of rows as
+prepare_data takes it, or the built-in ones. All trainings are runs of the project's own step `train`. Losses
+and norms of gradients are means of `--logging-steps` steps; rows a second are the median of the last points:
+before them shapes are recorded, and a checkpoint is written in half of the steps. Where there is no GPU, two
+processes share the processors: that shows that it works, and nothing of speed.
 
 Each table is printed as soon as its runs are done; a run that fails is named, and the others go on. --scratch
 keeps store and runs, so that --parts can be measured one after the other.
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="tiny")
     parser.add_argument("--rows", type=int, default=32, help="of an optimizer step")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--dataset", default="sample", help="an absolute path")
     parser.add_argument("--logging-steps", type=int, default=5)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "text2sql-weights")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -217,7 +218,7 @@ def measure(given: argparse.Namespace, scratch: Path) -> None:
     print(f"{given.architecture}, random weights, {describe_device()}, {torch.cuda.device_count()} GPUs")
     print(f"{versions()}, {given.rows} rows a step", flush=True)
     folder, runs, launches = base(given.architecture, given.models).resolve(), Runs(scratch), ways(scratch)
-    data = runs.get("data", "prepare_data", base_model=folder)
+    data = runs.get("data", "prepare_data", base_model=folder, dataset=given.dataset)
     half = given.steps // 2 // given.logging_steps * given.logging_steps
     recipe = {
         "dataset_uri": f"runs:/{data}/dataset",

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
@@ -146,9 +145,8 @@ def fit(
 
 
 def can_record(params: TrainParams, model: PeftModel) -> bool:
-    """Whether steps are recorded and replayed; with dropout or divided layers each one is another."""
-    is_same = not params.lora_dropout and not ranks.is_sharded()
-    return is_same and gradients.can_record(model.config)
+    """Whether steps are recorded and replayed; with dropout each one is another."""
+    return not params.lora_dropout and gradients.can_record(model.config)
 
 
 def how_to_go_on(params: TrainParams) -> str:
@@ -205,9 +203,7 @@ def load_model(
     params: TrainParams, described: DatasetManifest, data: datasets.DatasetDict
 ) -> tuple[PeftModel, memory_plan.Plan, ParameterCount]:
     """Quantized base with a new adapter, the plan for its memory, and its size; settings are logged."""
-    # FSDP divides numbers of the dtype that is computed in; the 4-bit values in them are the same.
-    storage = pick_device()[1] if ranks.is_sharded() else torch.uint8
-    base = load_base(described.base_model, params.quantization, storage=storage)
+    base = load_base(described.base_model, params.quantization)
     base_model.check_layers(described.base_model, base)
     lora = lora_settings(params)
     four_bit = memory_plan.four_bit_parameters(base)
@@ -216,7 +212,7 @@ def load_model(
     )
     model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
     count = adapter.count_parameters(model)
-    quantization = quantization_config(params.quantization, pick_device()[1], storage=storage)
+    quantization = quantization_config(params.quantization, pick_device()[1])
     run_log.log_settings("lora", model.peft_config["default"].to_dict())
     run_log.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     log_base(params, described, count)
@@ -274,7 +270,6 @@ def plan_memory(
         step_tokens=int(step_tokens),
         gradient_checkpointing=params.gradient_checkpointing,
         micro_batch_tokens=params.micro_batch_tokens,
-        sharded=ranks.is_sharded(),
     )
     run_log.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
     return plan

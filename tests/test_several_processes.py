@@ -76,14 +76,16 @@ def test_both_processes_end_with_the_same_bits(trained, name):
 def test_the_base_is_divided_in_two_with_fsdp_alone(trained):
     assert trained("ddp").divided == 1
     # Layers are divided evenly; a tiny model's biases and norms too.
-    assert [trained(name, i).divided for name in ("fsdp", "fsdp_nf4") for i in (0, 1)] == [0.5] * 4
+    fsdp = ("fsdp", "fsdp_nf4", "fsdp_dequantized")
+    assert [trained(name, i).divided for name in fsdp for i in (0, 1)] == [0.5] * 6
 
 
-def test_a_divided_4_bit_base_computes_what_a_whole_one_does(trained, tiny_base, tmp_path):
+@pytest.mark.parametrize("name", ["fsdp_nf4", "fsdp_dequantized"])
+def test_a_divided_4_bit_base_computes_what_a_whole_one_does(trained, tiny_base, tmp_path, name):
     whole = two_processes.train(tiny_base, tmp_path, quantization="nf4")
-    assert trained("fsdp_nf4").losses == pytest.approx(whole["losses"], rel=1e-4)
-    assert same(trained("fsdp_nf4").weights, load_file(tmp_path / "adapter-0.safetensors"))
-    assert trained("fsdp_nf4").losses != pytest.approx(trained("fsdp").losses, rel=1e-4)
+    assert trained(name).losses == pytest.approx(whole["losses"], rel=1e-4)
+    assert same(trained(name).weights, load_file(tmp_path / "adapter-0.safetensors"))
+    assert trained(name).losses != pytest.approx(trained("fsdp").losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["resumed", "fsdp_resumed"])

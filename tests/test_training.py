@@ -105,6 +105,21 @@ def run(model, tokenizer, data, settings, *callbacks, tokens=64):
     return probe
 
 
+def test_no_number_is_an_input_of_a_compiled_layer(model, tokenizer, monkeypatch):
+    taken = []
+
+    def compiled(graph, inputs, **named):
+        taken.extend(inputs)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiled)
+    training.compile_layers(model)
+    model(**tokenizer("How many farms?", return_tensors="pt"))
+    torch._dynamo.reset()
+    assert any(isinstance(one, torch.Tensor) for one in taken)
+    assert not [one for one in taken if isinstance(one, torch.Tensor) and not one.dim()]
+
+
 # Rules
 
 
@@ -234,7 +249,8 @@ def recorded(monkeypatch):
 
 def test_what_is_recorded_first_is_as_large_as_all_that_follows(model, tokenizer, settings, recorded):
     train(model, splits(tokenizer, 30), settings=settings(10, 3), callbacks=[], tokens=10_000, replay=True)
-    first, *others = recorded.tokens[1:]
+    began, first, *others, ended = recorded.tokens
+    assert began is ended is None
     assert len(others) == 10
     assert first == max(others) > others[0]
 
@@ -255,7 +271,8 @@ def test_once_memory_ran_out_the_largest_is_recorded_first_again(model, tokenize
     train(model, splits(tokenizer, 30), settings=settings(10, 3), callbacks=[], tokens=10_000, replay=True)
     dropped = recorded.tokens.index(None, 1)
     assert recorded.tokens[dropped - 1] > recorded.room
-    largest, *others = recorded.tokens[dropped + 1 :]
+    largest, *others, ended = recorded.tokens[dropped + 1 :]
+    assert ended is None
     assert largest == max(others) <= recorded.room
 
 

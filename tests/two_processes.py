@@ -47,6 +47,7 @@ SCENARIOS = {
     "fsdp": {"sharded": True},
     "fsdp_resumed": {"sharded": True, "go_on": "single/checkpoint-3"},
     "fsdp_nf4": {"sharded": True, "quantization": "nf4"},
+    "fsdp_dequantized": {"sharded": True, "quantization": "nf4", "dequantize": True},
     "fsdp_recompute": {"sharded": True, "recompute": True},
     "fsdp_compiled": {"sharded": True, "compiled": True},
 }
@@ -88,6 +89,7 @@ def train(
     *,
     sharded=False,
     quantization="none",
+    dequantize=False,
     go_on="",
     stop_at=0,
     recompute=False,
@@ -99,9 +101,9 @@ def train(
 ) -> dict[str, object]:
     """Train the tiny base, with checkpoints in a folder; what can be compared comes back."""
     torch.manual_seed(0)
-    storage = torch.float32 if sharded else torch.uint8
     lora = adapter.lora_config(r=4, alpha=8, dropout=dropout, target_modules="all-linear")
-    model = adapter.attach(sql_model.load_base(str(base), quantization, storage=storage), lora)
+    model = sql_model.load_base(str(base), quantization)
+    model = adapter.attach(model.dequantize() if dequantize else model, lora)
     tokenizer = sql_model.load_base_tokenizer(str(base))
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded)  # as accelerate says it
     gradients.Gradients.add = with_room(room)

@@ -64,6 +64,8 @@ class Gradients:
 
     def forget_graphs(self) -> None:
         """Drop all recordings with their memory, which is free once the device's cache is cleared."""
+        if self.graphs:
+            torch.cuda.synchronize()
         self.graphs.clear()
         if self.replay:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()

@@ -14,7 +14,9 @@ def shard(model: PeftModel) -> None:
     """Divide the base, in place; a layer's weights are put together while the layer is computed.
 
     The adapter is not divided: it is small, is trained in fp32, and its gradients, optimizer and files are
-    those of a training in one process. While loading, each GPU holds the whole (4-bit) base.
+    those of a training in one process. While loading, each GPU holds the whole base. 4-bit weights stay
+    bytes: kept in bf16 (`bnb_4bit_quant_storage`), those that read as NaN there would be copied as another
+    NaN (https://github.com/pytorch/pytorch/issues/159333).
     """
     own = {parameter for parameter in model.parameters() if parameter.requires_grad}
     device = next(iter(own)).device.type

@@ -333,13 +333,8 @@ def pick_device() -> tuple[str, torch.dtype]:
     return "cuda", torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def quantization_config(
-    quantization: str, compute_dtype: torch.dtype, *, storage: torch.dtype = torch.uint8
-) -> BitsAndBytesConfig | None:
-    """`nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314); `none`: None.
-
-    `storage` is the dtype that the 4-bit values are kept as, two or more in one number; they are the same.
-    """
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """`nf4`: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314); `none`: None."""
     if quantization == "none":
         return None
     return BitsAndBytesConfig(
@@ -347,15 +342,13 @@ def quantization_config(
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=storage,
     )
 
 
-def load_base(reference: str, quantization: str, *, storage: torch.dtype = torch.uint8) -> PreTrainedModel:
+def load_base(reference: str, quantization: str) -> PreTrainedModel:
     """Load a base model on the device of `pick_device`, of several GPUs on this process's, quantized.
 
-    `reference` is a hub id with the commit (`owner/name@commit`), a local directory, or `smollm2-135m`; for
-    `storage` see `quantization_config`.
+    `reference` is a hub id with the commit (`owner/name@commit`), a local directory, or `smollm2-135m`.
 
     Raises:
         BaseModelError: the files cannot be had, are not whole, or are not safetensors.
@@ -371,7 +364,7 @@ def load_base(reference: str, quantization: str, *, storage: torch.dtype = torch
             **source,
             dtype=dtype,
             device_map={"": torch.cuda.current_device() if device == "cuda" else device},
-            quantization_config=quantization_config(quantization, dtype, storage=storage),
+            quantization_config=quantization_config(quantization, dtype),
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation="sdpa",

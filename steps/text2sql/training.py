@@ -174,6 +174,9 @@ def compile_layers(model: PeftModel) -> None:
     The input of the first layer, too, is made to need a gradient: else that layer is compiled apart.
     """
     model.enable_input_require_grads()
+    # A float such as LoRA's scale would be an input, a number on the CPU: the first kernel for one costs most
+    # of a minute, in which its C++ compiler is tried out.
+    torch._dynamo.config.specialize_float = True
     for layer in adapter.decoder_layers(model):
         layer.compile(dynamic=True)
 
@@ -216,8 +219,12 @@ def train(
     collectives.copy_from_first(one.data for one in model.parameters() if one.requires_grad)
     spread_random_state(0)
     # Under autocast peft would cast every input to fp32, and autocast back.
-    with disable_input_dtype_casting(model, active=settings.bf16 or settings.fp16):
-        return trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss
+    try:
+        with disable_input_dtype_casting(model, active=settings.bf16 or settings.fp16):
+            return trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss
+    finally:
+        # NCCL waits for ever when it is closed while a recording holds launches of it.
+        trainer.gradients.forget_graphs()
 
 
 def mean_tokens(rows: datasets.Dataset) -> float:
