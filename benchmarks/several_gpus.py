@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="of an optimizer step")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dataset", default="sample", help="an absolute path")
+    parser.add_argument("--torch-compile", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--logging-steps", type=int, default=5)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "text2sql-weights")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -226,6 +227,7 @@ def measure(given: argparse.Namespace, scratch: Path) -> None:
         "batch_size": given.rows,
         "logging_steps": given.logging_steps,
         "save_steps": half,
+        "torch_compile": given.torch_compile,
     }
     done = {name: runs.get(name, "train", **recipe, launch=launch) for name, launch in launches.items()}
     done = {name: run_id for name, run_id in done.items() if run_id}
