@@ -56,26 +56,27 @@ def base(architecture: str, models: Path) -> Path:
 
 
 class Runs:
-    """Runs of the project's steps, by what they are called here; kept in a folder, each made once."""
+    """Runs of the project's steps with their values, by what they are called here; kept in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "runs.json"
-        self.ids: dict[str, str] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.made: dict[str, dict[str, str]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def get(self, called: str, step: str, **values: object) -> str:
-        """Id of a run, which is made if it is not there; empty if it fails."""
+        """Id of a run, which is made where there is none with the same values; empty if it fails."""
         start = time.monotonic()
         named = {name: str(value) for name, value in values.items()}
-        if called not in self.ids:
-            try:
-                made = mlflow.projects.run(str(PROJECT), step, env_manager="local", parameters=named)
-            except mlflow.exceptions.ExecutionException as error:
-                print(f"FAILED: {called}: {error}", flush=True)
-                return ""
-            self.ids[called] = made.run_id
-            self.file.write_text(json.dumps(self.ids), encoding="utf-8")
-            print(f"{called}: {made.run_id}, {time.monotonic() - start:.0f} s", flush=True)
-        return self.ids[called]
+        if (known := self.made.get(called)) and known.items() >= named.items():
+            return known["run_id"]
+        try:
+            made = mlflow.projects.run(str(PROJECT), step, env_manager="local", parameters=named)
+        except mlflow.exceptions.ExecutionException as error:
+            print(f"FAILED: {called}: {error}", flush=True)
+            return ""
+        self.made[called] = named | {"run_id": made.run_id}
+        self.file.write_text(json.dumps(self.made), encoding="utf-8")
+        print(f"{called}: {made.run_id}, {time.monotonic() - start:.0f} s", flush=True)
+        return made.run_id
 
 
 def ways(scratch: Path) -> dict[str, str]:

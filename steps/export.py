@@ -15,6 +15,7 @@ from steps.text2sql import (
     manifest,
     merging,
     model_versions,
+    packaging,
     run_log,
     sample_data,
     scored_rows,
@@ -73,7 +74,7 @@ def ask_both(
     package: Path, folder: Path, described: AdapterManifest, rows: pandas.DataFrame
 ) -> tuple[Answered, Answered]:
     """Answers of the version, as it is served, and of the merged model, as it was written; one at a time."""
-    served = mlflow.pyfunc.load_model(str(package)).unwrap_python_model()
+    served = packaging.load(package, source="model_uri")
     budget = evaluation.token_budget(served.tokenizer, rows["answer"])
     first = ask(served, rows, budget)
     del served

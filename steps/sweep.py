@@ -1,5 +1,6 @@
 """Search learning rate, rank and number of steps over trainings on the same data, by validation loss."""
 
+import math
 import shutil
 import sys
 from functools import partial
@@ -9,7 +10,17 @@ import mlflow
 import pandas
 
 from steps.main import run_step
-from steps.text2sql import active_run, artifacts, mlproject, reuse, run_page, screen, step_run, store_names
+from steps.text2sql import (
+    active_run,
+    artifacts,
+    child_runs,
+    mlproject,
+    reuse,
+    run_page,
+    screen,
+    step_run,
+    store_names,
+)
 from steps.text2sql.command_line import MainParams, SweepCall, parse_sweep
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.params import OwnMainParams
@@ -96,10 +107,20 @@ def train(
         shutil.rmtree(run_folder(watcher.child), ignore_errors=True)  # its checkpoint
         print(f"  stopped early: {store_names.EVAL_LOSS} was above the median of the others", flush=True)
         return None
+    except UserError:
+        if not has_diverged(child_runs.newest_child(active_run.run_id(), "train")):
+            raise
+        return None
     loss = run.data.metrics[store_names.EVAL_LOSS]
     mlflow.log_metric(store_names.EVAL_LOSS, loss, step=number)
     print(f"  {store_names.EVAL_LOSS} {loss:.4f}", flush=True)
     return loss
+
+
+def has_diverged(run_id: str) -> bool:
+    """Whether a training ended since its loss was no number."""
+    metrics = mlflow.get_run(run_id).data.metrics if run_id else {}
+    return not math.isfinite(metrics.get("train_loss", 0.0))
 
 
 def validation_rows(call: SweepCall) -> dict[str, str]:

@@ -45,6 +45,7 @@ from steps.text2sql.sql_model import (
     pick_device,
     quantization_config,
 )
+from steps.text2sql.tokenization import lengths
 from steps.text2sql.training_estimate import Work
 from steps.text2sql.training_speed import Speed
 
@@ -196,7 +197,15 @@ def dry_run(params: TrainParams) -> None:
 def work_of(params: TrainParams, data: datasets.DatasetDict, *, steps: int) -> Work:
     """What is to be trained on."""
     rows = data["train"]
-    return Work(len(rows), training.mean_tokens(rows), training.longest_row(data), params.batch_size, steps)
+    tokens = lengths(rows)
+    return Work(
+        len(rows),
+        float(tokens.mean()),
+        float(tokens.std(ddof=0)),
+        training.longest_row(data),
+        params.batch_size,
+        steps,
+    )
 
 
 def load_model(
@@ -270,6 +279,7 @@ def plan_memory(
         step_tokens=int(step_tokens),
         gradient_checkpointing=params.gradient_checkpointing,
         micro_batch_tokens=params.micro_batch_tokens,
+        may_dequantize=not ranks.is_sharded() or sharding.gathers_fast(),
     )
     run_log.log_choices(memory=memory_plan.describe(plan, step_tokens=step_tokens, device=device))
     return plan

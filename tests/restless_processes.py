@@ -1,5 +1,6 @@
 """A step of two processes of which one does not end well: `python -m tests.restless_processes --how …`."""
 
+import atexit
 import os
 import signal
 import sys
@@ -24,6 +25,12 @@ def body() -> None:
 def fail() -> None:
     """As a step does with a message for the user."""
     raise UserError("rows: there are none")
+
+
+def fail_and_block() -> None:
+    """As a step whose memory on the GPU cannot be freed, since NCCL waits there for the others."""
+    atexit.register(time.sleep, 3600)
+    fail()
 
 
 def kill() -> None:
@@ -60,6 +67,7 @@ def be_stopped_late() -> None:
 
 SECOND = {
     "fails": fail,
+    "fails_and_is_blocked": fail_and_block,
     "breaks": lambda: 1 / 0,
     "is_killed": kill,
     "is_killed_beside_a_busy_one": kill,

@@ -9,7 +9,7 @@ import pandas
 import pytest
 
 from steps import prepare_data, register
-from steps.text2sql import base_model, packaging
+from steps.text2sql import artifacts, base_model, packaging
 from steps.text2sql.errors import UserError
 from tests.conftest import QUICK, call_step, failure, plain_rows, tiny_tokenizer, write_jsonl
 
@@ -177,6 +177,34 @@ def test_a_base_that_is_gone_since_prepare_data_is_named(prepared):
     uri, base = prepared
     shutil.rmtree(base)
     assert str(base) in fails("train", dataset_uri=uri, **QUICK)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 5])
+def test_a_training_that_diverges_fails_and_leaves_no_adapter(prepared, logging_steps):
+    recipe = QUICK | {"learning_rate": "1e30", "logging_steps": logging_steps}
+    message, run = failure("train", dataset_uri=prepared[0], **recipe)
+    assert "the loss is nan by step" in message
+    assert "give a lower learning_rate" in message
+    assert run.info.status == "FAILED"
+    assert "adapter" not in artifacts.listed(run.info.run_id, "")
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_trained(prepared, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    message, run = failure("train", dataset_uri=prepared[0], **QUICK)
+    assert "XDG_CACHE_HOME=/dev/null/cache: " in message
+    assert "train_loss" not in run.data.metrics
+
+
+def test_a_name_that_is_not_utf_8_is_told_as_any_other(store, tiny_base):
+    message, run = failure("prepare_data", base_model=tiny_base, dataset="/tmp/\udcff.jsonl")
+    assert "is no file" in message
+    assert "is no file" in run.data.tags["failure_reason"]
+
+
+def test_a_uri_that_mlflow_does_not_take_apart_is_named(store):
+    uri = "http://127.0.0.1:9/x"
+    assert f"dataset_uri={uri}: " in fails("train", dataset_uri=uri, **QUICK)
 
 
 def test_unknown_target_modules_are_refused_naming_those_there_are(prepared):

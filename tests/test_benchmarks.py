@@ -240,7 +240,10 @@ def test_a_training_that_fails_on_several_gpus_is_named_and_others_are_made_once
     assert [found.get(name, "train", launch=name.lower()) for name in ("DDP", "FSDP")] == ["id of train", ""]
     assert "FAILED: FSDP: no" in capsys.readouterr().out
     monkeypatch.setattr(mlflow.projects, "run", None)
-    assert several_gpus.Runs(tmp_path).get("DDP", "train", launch="ddp") == "id of train"
+    again = several_gpus.Runs(tmp_path)
+    assert again.get("DDP", "train", launch="ddp") == "id of train"
+    with pytest.raises(TypeError):  # made again where a value is another
+        again.get("DDP", "train", launch="ddp", max_steps=7)
 
 
 def test_losses_after_a_checkpoint_are_compared_with_those_of_the_whole_training(two_runs):

@@ -59,7 +59,7 @@ def test_a_file_that_is_no_sqlite_database_is_refused(tmp_path, content):
     assert "is no SQLite database" in refusal(tmp_path, "rows.csv")
 
 
-@pytest.mark.parametrize("cell", [".", 7, ["a"], "a\x00b"])
+@pytest.mark.parametrize("cell", [".", 7, ["a"], "a\x00b", "~a\x00b"])
 def test_what_is_no_path_of_a_file_is_refused(tmp_path, cell):
     assert "is no file" in refusal(tmp_path, cell)
 

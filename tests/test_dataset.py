@@ -343,6 +343,18 @@ def test_missing_columns_are_named_with_the_parameters_that_name_them(tmp_path):
     assert message.endswith("Name yours with context_column, answer_column.")
 
 
+def test_columns_of_one_name_in_a_csv_are_refused(tmp_path):
+    message = refusal(tmp_path / "rows.csv", "question,context,answer,answer\nq,c,a,b\n")
+    assert "has several columns named answer" in message
+
+
+def test_a_column_of_categories_may_have_gaps():
+    rows = frame(("q", "c", "a"), ("r", None, "b")).astype({"context": "category"})
+    kept, rejected = dataset.check(rows)
+    assert kept.values.tolist() == [["q", "c", "a"]]
+    assert rejected.tolist() == ["context is missing, empty or not text"]
+
+
 def test_one_column_for_two_things_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f"{HEADER}\nq,c,a\n")

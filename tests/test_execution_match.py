@@ -31,6 +31,13 @@ MUTANTS = {
         "BETWEEN 20 AND 30",
         "> 20 AND age <= 30",
     ),
+    "another order of a window": ("SELECT name, RANK() OVER (ORDER BY age) FROM singer", "age", "id"),
+    "another function of a window": ("SELECT name, LAG(age) OVER (ORDER BY id) FROM singer", "LAG", "LEAD"),
+    "another sum of a window": (
+        "SELECT name, SUM(age) OVER (PARTITION BY country) FROM singer",
+        "PARTITION BY country",
+        "",
+    ),
     "another aggregate": ("SELECT SUM(copies) FROM album", "SUM", "AVG"),
     "the other extreme": ("SELECT MAX(age) FROM singer WHERE name = 'Ann'", "MAX", "MIN"),
     "NULLs counted": ("SELECT COUNT(name) FROM singer", "name", "*"),

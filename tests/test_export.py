@@ -147,6 +147,12 @@ def test_an_export_that_is_cut_short_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_to_nothing_is_refused_before_anything_is_merged(chain, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    message, _ = failure("export", model_uri="models:/text2sql/1", output=tmp_path / "link", **FEW)
+    assert f"output={tmp_path / 'link'}: exists already" in message
+
+
 def test_a_folder_that_exists_is_refused_and_untouched(chain, tmp_path):
     (tmp_path / "mine").write_text("mine")
     message, _ = failure("export", model_uri="models:/text2sql/1", output=tmp_path, **FEW)

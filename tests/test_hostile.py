@@ -27,6 +27,7 @@ from steps.text2sql import (
     gold_query,
     manifest,
     order_keys,
+    packaging,
     parameter_checks,
     params,
     prompt_template,
@@ -231,6 +232,19 @@ def test_a_manifest_of_any_bytes_is_a_message(tmp_path_factory, content):
         with pytest.raises(UserError, match="adapter_uri=x: "):
             manifest.read(kind, folder, source="adapter_uri=x")
     assert not run_folder.is_whole(folder)
+
+
+def test_an_adapter_of_another_kind_of_dataset_is_a_message(tmp_path):
+    manifest.write(AdapterManifest("nf4", 1, 1, {"columns": 5}), tmp_path)
+    with pytest.raises(UserError, match="adapter_uri=x: is not an adapter of train"):
+        manifest.read(AdapterManifest, tmp_path, source="adapter_uri=x")
+
+
+@pytest.mark.parametrize("content", ["", "{", "5", "flavors: ["])
+def test_a_broken_mlmodel_is_a_message(tmp_path, content):
+    (tmp_path / "MLmodel").write_text(content)
+    with pytest.raises(UserError, match="model_uri=x: its MLmodel cannot be read"):
+        packaging.read_manifest(tmp_path, source="model_uri=x")
 
 
 def test_a_manifest_cannot_name_a_file_out_of_its_folder(tmp_path):

@@ -186,6 +186,7 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_of_the_last_step(chain, co
     ("how", "error", "reason"),
     [
         ("fails", UserError, "^rows: there are none$"),
+        ("fails_and_is_blocked", UserError, "^rows: there are none$"),
         ("breaks", UserError, "^process 1: ZeroDivisionError: division by zero$"),
         ("is_killed", UserError, "process 1 was killed by SIGKILL"),
         ("is_killed_beside_a_busy_one", UserError, "process 1 was killed by SIGKILL"),

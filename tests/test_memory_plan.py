@@ -134,6 +134,11 @@ def test_a_process_counts_where_weights_lie_in_its_own_memory():
     assert on["cpu"] - on["cuda"] == int(0.7 * 2**30)
 
 
+def test_weights_that_would_be_slow_to_come_by_stay_in_4_bits():
+    assert plan(80).dequantize
+    assert not plan(80, may_dequantize=False).dequantize
+
+
 def test_4_bit_weights_are_counted_as_what_they_stand_for(tiny_base):
     model = sql_model.load_base(str(tiny_base), "nf4")
     # Two layers with four of 64 x 64 for attention and three of 64 x 128.

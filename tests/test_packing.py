@@ -188,6 +188,16 @@ def test_packs_of_several_processes_have_one_shape_where_steps_are_recorded(leng
     assert answers == packing.answer_tokens(rows)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[60, 9, 8, 7], [30] * 7, [12], [20] * 4, [24] * 5])
+def test_the_largest_pack_is_told_from_lengths_alone(lengths, processes):
+    packs = packing.pack_evenly(
+        [row(length, 1) for length in lengths], capacity=48, multiple=1, processes=processes
+    )
+    largest = max(pack.input_ids.shape[1] for pack in packs)
+    assert packing.largest(lengths, capacity=48, processes=processes) == largest
+
+
 def test_the_longest_rows_are_spread_first_each_to_the_emptiest_pack():
     # 9 | 7 | 5 with 7 | 4 with 9 | 3 with 5 and 7
     assert packing.spread([7, 3, 9, 4, 5], 2) == [[2, 3], [0, 4, 1]]

@@ -141,6 +141,11 @@ def test_a_bad_request_is_400_with_the_reason(server, body, reason):
     assert reason in error["message"]
 
 
+def test_a_param_that_is_null_is_as_if_it_was_not_given(server, answers):
+    given = {"dataframe_records": ROWS, "params": LIMIT | {"repetition_penalty": None}}
+    assert post(server, given) == (200, {"predictions": answers(ROWS, params=LIMIT)})
+
+
 def test_an_unknown_param_is_left_out_by_mlflow_before_the_model_could_refuse_it(server, answers):
     given = {"dataframe_records": ROWS, "params": LIMIT | {"max_tokens": 1}}
     assert post(server, given) == (200, {"predictions": answers(ROWS, params=LIMIT)})

@@ -50,7 +50,7 @@ def same(one, other, tolerance=1e-4):
     )
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_recompute", "fsdp_compiled"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_recompute", "fsdp_compiled", "recorded"])
 def test_two_processes_learn_what_one_learns_from_the_same_rows(trained, name):
     one, two = trained("single"), trained(name)
     assert len(one.losses) == two_processes.STEPS
@@ -121,6 +121,16 @@ def test_a_step_of_fewer_rows_than_processes_is_computed(trained, tiny_base, tmp
 def test_when_memory_runs_out_in_one_process_both_start_the_step_again_with_halves(trained):
     assert trained("short_of_memory").losses == pytest.approx(trained("single").losses, rel=1e-4)
     assert same(trained("short_of_memory").weights, trained("single").weights)
+
+
+def test_the_largest_pack_of_all_is_recorded_first(trained):
+    for i in (0, 1):
+        _, *computed, _ = trained("recorded", i).computed
+        assert computed[0] == max(computed) > min(computed)
+
+
+def test_4_bit_weights_are_divided_as_bytes(trained):
+    assert trained("fsdp_nf4").dtypes == ["torch.float32", "torch.uint8"]
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(trained):

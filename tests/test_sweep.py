@@ -219,6 +219,14 @@ def wait_until(holds):
     assert holds()
 
 
+@pytest.mark.parametrize(("loss", "diverged"), [(float("nan"), True), (float("inf"), True), (0.5, False)])
+def test_a_trial_whose_loss_is_no_number_does_not_end_the_sweep(store, loss, diverged):
+    with mlflow.start_run() as run:
+        mlflow.log_metric("train_loss", loss)
+    assert sweep.has_diverged(run.info.run_id) is diverged
+    assert not sweep.has_diverged("")
+
+
 def test_the_watcher_asks_once_for_each_validation_and_stops_a_bad_training(store):
     parent = mlflow.MlflowClient().create_run("0").info.run_id
     child_of(parent, 1)  # of the trial before

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 
 from steps.text2sql import adapter, memory_plan, sql_model, trainer, training
 from steps.text2sql.checkpoints import Checkpoints
-from steps.text2sql.gradients import Gradients
 from steps.text2sql.training_speed import Speed
+from tests.recorded import Recorded
 
 
 @pytest.fixture
@@ -221,38 +221,23 @@ def test_gradients_of_packs_are_those_of_the_rows_one_by_one(model, tokenizer, s
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Tokens of the packs that were computed where recordings are made up; memory runs out above `room`
-    tokens, and None stands for recordings that were dropped."""
-    found = SimpleNamespace(tokens=[], room=math.inf)
-
-    class Recorded(Gradients):
-        def __init__(self, *given, replay, **named):
-            super().__init__(*given, replay=False, **named)
-            self.replay = replay
-
-        def forget_graphs(self):
-            self.graphs.clear()
-            found.tokens.append(None)
-
-        def add(self, pack, scale):
-            tokens = pack.input_ids.shape[1]
-            found.tokens.append(tokens)
-            if tokens > found.room:
-                raise torch.cuda.OutOfMemoryError
-            self.graphs[pack.input_ids.shape] = self.add
-            return self._compute(pack, scale)
-
+    """Trains with recordings that are made up."""
     monkeypatch.setattr(trainer, "Gradients", Recorded)
-    monkeypatch.setattr(trainer, "SHAPE_TOKENS", 16)
-    return found
+    monkeypatch.setattr(trainer, "SHAPE_TOKENS", 2)
+    monkeypatch.setattr(Recorded, "room", math.inf)
+    return Recorded
 
 
-def test_what_is_recorded_first_is_as_large_as_all_that_follows(model, tokenizer, settings, recorded):
-    train(model, splits(tokenizer, 30), settings=settings(10, 3), callbacks=[], tokens=10_000, replay=True)
-    began, first, *others, ended = recorded.tokens
+@pytest.mark.parametrize(("steps", "batch_size"), [(4, 3), (10, 3), (25, 3), (3, 40)])
+def test_what_is_recorded_first_is_as_large_as_all_that_follows(
+    model, tokenizer, settings, recorded, steps, batch_size
+):
+    settled = settings(steps, batch_size)
+    train(model, splits(tokenizer, 30), settings=settled, callbacks=[], tokens=10_000, replay=True)
+    began, first, *others, ended = recorded.computed
     assert began is ended is None
-    assert len(others) == 10
-    assert first == max(others) > others[0]
+    assert len(others) == steps
+    assert first == max(others)
 
 
 def test_what_is_recorded_first_leaves_no_trace(tiny_base, tokenizer, settings, recorded):
@@ -266,14 +251,16 @@ def test_what_is_recorded_first_leaves_no_trace(tiny_base, tokenizer, settings, 
     assert found[True] == pytest.approx(found[False], rel=1e-5)
 
 
-def test_once_memory_ran_out_the_largest_is_recorded_first_again(model, tokenizer, settings, recorded):
-    recorded.room = 100
+def test_what_did_not_fit_is_halved_and_recorded_first_again(
+    model, tokenizer, settings, recorded, monkeypatch, caplog
+):
+    monkeypatch.setattr(recorded, "room", 100)
     train(model, splits(tokenizer, 30), settings=settings(10, 3), callbacks=[], tokens=10_000, replay=True)
-    dropped = recorded.tokens.index(None, 1)
-    assert recorded.tokens[dropped - 1] > recorded.room
-    largest, *others, ended = recorded.tokens[dropped + 1 :]
-    assert ended is None
-    assert largest == max(others) <= recorded.room
+    _, too_large, dropped, largest, *others, _ = recorded.computed
+    assert dropped is None
+    assert too_large > recorded.room
+    assert largest == max(others)
+    assert f"going on with {too_large // 2} tokens" in caplog.text
 
 
 def test_the_adapter_moves_and_the_base_does_not(model, tokenizer, settings):

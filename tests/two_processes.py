@@ -28,10 +28,12 @@ from steps.text2sql import (
     run_folder,
     sharding,
     sql_model,
+    trainer,
 )
 from steps.text2sql import training as library
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
+from tests.recorded import Recorded
 
 PROJECT = Path(__file__).parents[1]
 STEPS, ROWS = 6, 14
@@ -44,6 +46,7 @@ SCENARIOS = {
     "stopped": {"stop_at": 2},
     "dropout": {"dropout": 0.5, "steps": 1},
     "short_of_memory": {"room": 36},
+    "recorded": {"recorded": True},
     "fsdp": {"sharded": True},
     "fsdp_resumed": {"sharded": True, "go_on": "single/checkpoint-3"},
     "fsdp_nf4": {"sharded": True, "quantization": "nf4"},
@@ -98,6 +101,7 @@ def train(
     batch_size=4,
     steps=STEPS,
     compiled=False,
+    recorded=False,
 ) -> dict[str, object]:
     """Train the tiny base, with checkpoints in a folder; what can be compared comes back."""
     torch.manual_seed(0)
@@ -107,6 +111,7 @@ def train(
     tokenizer = sql_model.load_base_tokenizer(str(base))
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded)  # as accelerate says it
     gradients.Gradients.add = with_room(room)
+    trainer.Gradients, trainer.SHAPE_TOKENS = (Recorded, 4) if recorded else (gradients.Gradients, 128)
     if compiled:
         library.compile_layers(model)
     if sharded:
@@ -141,7 +146,7 @@ def train(
             datasets.DatasetDict({"train": rows(ROWS), "validation": rows(5)}),
             settings=settings,
             plan=memory_plan.Plan(tokens=48, recompute=recompute, dequantize=False, reason=""),
-            replay=False,
+            replay=recorded,
             callbacks=[probe],
             checkpoints=checkpoints,
         )
@@ -156,6 +161,8 @@ def train(
         "stopped_by": checkpoints.stopped_by,
         "divided": share_divided(model),
         "drawn": probe.drawn,
+        "computed": Recorded.computed,
+        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
     }
 
 

@@ -18,8 +18,9 @@ from steps.text2sql import manifest
 from steps.text2sql.errors import UserError
 from steps.text2sql.model_versions import model_version
 
-# What fetching an artifact raises; ImportError where the client of a store is not installed.
-UNREADABLE = (MlflowException, OSError, ImportError)
+# What fetching an artifact raises; ImportError where the client of a store is not installed, ValueError for a
+# URI that MLflow does not take apart.
+UNREADABLE = (MlflowException, OSError, ImportError, ValueError)
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """What several training processes tell each other. A process alone gets back what it gave."""
 
+import atexit
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -9,6 +12,7 @@ import torch.distributed as dist
 import transformers
 
 from steps.text2sql import ranks
+from steps.text2sql.errors import Interrupted
 
 
 @contextmanager
@@ -26,9 +30,23 @@ def joined() -> Iterator[None]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(ranks.index_here())
+    # Buffers of recorded collectives are not registered with NCCL: the recordings' memory is reused.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    yield
-    dist.destroy_process_group()  # not after an error, when others may be gone
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Interrupted):  # for which all end together
+            atexit.register(_leave)
+        raise
+    dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """End this process, and free nothing on its GPU: that would wait for others, which may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def largest(value: float) -> float:

@@ -122,7 +122,9 @@ def told_apart(value: Value, kind: ColumnType) -> Value:
 
 def holds(condition: Condition, value: Value, affinity: str) -> bool:
     """Whether a stored value meets a condition, by SQLite's rules for comparing."""
-    constants = [stored(constant, affinity) for constant in condition.constants]
+    if affinity not in condition.stored:
+        condition.stored[affinity] = dict.fromkeys(stored(one, affinity) for one in condition.constants)
+    constants = condition.stored[affinity]
     value = stored(value, affinity)
     operator = condition.operator
     if operator is exp.Is or value is None or None in constants:

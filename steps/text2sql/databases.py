@@ -43,8 +43,9 @@ def absolute(cells: pandas.Series, folder: Path, *, problem: str) -> pandas.Seri
 def _path(cell: Any, folder: Path) -> str | None:
     if pandas.api.types.is_scalar(cell) and (pandas.isna(cell) or not str(cell).strip()):
         return None
-    # Not Path.expanduser, which raises for a user who does not exist.
-    return str(folder / os.path.expanduser(str(cell).strip()))
+    path = str(cell).strip()
+    # Not Path.expanduser, which raises for a user who does not exist. None has a NUL in the name.
+    return str(folder / (path if "\0" in path else os.path.expanduser(path)))
 
 
 def _shown(path: str) -> str:

@@ -5,12 +5,14 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
 import pandas
+import pyarrow
 
 from steps.text2sql import databases, hub, sample_data
 from steps.text2sql.databases import DATABASE
@@ -168,7 +170,8 @@ def _parse(path: Path, problem: str) -> pandas.DataFrame:
         raise UserError(f"{problem}: is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
     except OSError as error:
         raise UserError(f"{problem}: cannot be read: {error}") from error
-    except ValueError as error:  # what pandas, pyarrow and json raise for a broken file
+    # What pandas, pyarrow and json raise for a broken file.
+    except (ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{problem}: is not valid {path.suffix[1:].upper()}, mend it: {error}") from error
 
 
@@ -205,6 +208,8 @@ def _object(row: Any) -> dict[str, Any]:
 def _read_csv(path: Path) -> pandas.DataFrame:
     # Every cell is text: a question "NA" and an answer "1.0" stay what they are.
     reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
+    if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+        raise ValueError(f"has several columns named {', '.join(repeated)}")
     rows = []
     try:
         for row in reader:
@@ -236,7 +241,8 @@ def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     rows = rows.copy()
     for name in COLUMNS:
         has_text = rows[name].map(is_text)
-        rows[name] = rows[name].where(has_text, "").str.strip()
+        # As objects: a column of pandas' categories takes no value that is not one of them.
+        rows[name] = rows[name].astype(object).where(has_text, "").str.strip()
         reasons[(rows[name] == "") & (reasons == "")] = f"{name} {INCOMPLETE}"
     complete = rows[reasons == ""]
     answers = (

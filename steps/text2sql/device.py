@@ -5,6 +5,7 @@ import resource
 import time
 
 import psutil
+import pynvml
 import torch
 
 from steps.text2sql.sql_model import pick_device
@@ -25,6 +26,18 @@ def describe_device() -> str:
 def free_memory_bytes() -> int:
     """Memory that can be had now: on the GPU, or what the system can give without swapping."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+
+
+def has_nvlink() -> bool:
+    """Whether NVLink joins this process's GPU to others: several times as fast as PCI Express."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        return bool(pynvml.nvmlDeviceGetNvLinkState(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), 0))
+    except pynvml.NVMLError:
+        return False
 
 
 def peak_memory_gib() -> float:

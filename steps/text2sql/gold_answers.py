@@ -107,7 +107,7 @@ def _bare_columns(select: exp.Select) -> list[exp.Column]:
     group = select.args.get("group")
     parts = [*select.expressions, select.args.get("having"), select.args.get("order")]
     own = [n for part in parts if part for n in part.walk() if n.parent_select is select]
-    aggregates = [node for node in own if isinstance(node, exp.AggFunc)]
+    aggregates = [node for node in own if isinstance(node, exp.AggFunc) and not _is_over_window(node)]
     has_lone_extreme = sum(isinstance(node, exp.Min | exp.Max) for node in aggregates) == 1
     if has_lone_extreme or not (group or aggregates):
         return []
@@ -121,6 +121,11 @@ def _bare_columns(select: exp.Select) -> list[exp.Column]:
         and node.name.lower() not in known
         and not node.find_ancestor(exp.AggFunc)
     ]
+
+
+def _is_over_window(aggregate: exp.AggFunc) -> bool:
+    parent = aggregate.parent
+    return isinstance(parent.parent if isinstance(parent, exp.Filter) else parent, exp.Window)
 
 
 # The smallest value of a group, NULL before all, and the largest: the same where any row will do.

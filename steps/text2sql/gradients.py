@@ -63,8 +63,11 @@ class Gradients:
         return loss
 
     def forget_graphs(self) -> None:
-        """Drop all recordings with their memory, which is free once the device's cache is cleared."""
-        self.graphs.clear()  # CUDA frees one that is being replayed when it is done
+        """Drop all recordings with their memory, which is free once the device's cache is cleared.
+
+        That waits for all that the GPU has to do.
+        """
+        self.graphs.clear()
         if self.replay:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
 

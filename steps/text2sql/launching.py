@@ -74,8 +74,6 @@ def environment(config: LaunchConfig, endings: Path) -> dict[str, str]:
         "PET_SIGNALS_TO_HANDLE": "SIGHUP",
         # After one failed the others are asked to end, and killed after so many seconds.
         "PET_SHUTDOWN_TIMEOUT": "20",
-        # Buffers of recorded collectives are not registered with NCCL: the recordings' memory is reused.
-        "NCCL_GRAPH_REGISTER": "0",
         "PYTHONPATH": os.pathsep.join(
             [str(project_source.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),

@@ -77,7 +77,10 @@ def read(kind: type[AnyManifest], folder: Path, *, source: str) -> AnyManifest:
     check(folder, source=source)
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return kind(**{name: value for name, value in content.items() if name != FILES})
+        found = kind(**{name: value for name, value in content.items() if name != FILES})
+        if isinstance(found, AdapterManifest):
+            found.of_dataset  # noqa: B018 - raises if it is none
+        return found
     except (OSError, ValueError, TypeError) as error:
         wanted = "a dataset of prepare_data" if kind is DatasetManifest else "an adapter of train"
         raise UserError(f"{source}: is not {wanted}: {error}") from error

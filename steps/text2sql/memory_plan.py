@@ -130,6 +130,7 @@ def make(
     step_tokens: int,
     gradient_checkpointing: str,
     micro_batch_tokens: str | int = "auto",
+    may_dequantize: bool = True,
 ) -> Plan:
     """The fastest way to train that fits.
 
@@ -144,6 +145,7 @@ def make(
         step_tokens: tokens of a usual optimizer step in one process.
         gradient_checkpointing: auto, yes or no.
         micro_batch_tokens: auto, or how many tokens to take at once if they fit.
+        may_dequantize: False where dequantized weights would be slow to come by.
 
     Raises:
         UserError: the longest row does not fit in any way.
@@ -157,7 +159,7 @@ def make(
         room = budget - (unpacked if dequantize else shape.hidden * shape.intermediate * shape.item)
         tokens = room // shape.token_bytes(recompute=recompute) // filled_up_to * filled_up_to
         is_choice = gradient_checkpointing == "auto" and not recompute
-        is_open = not dequantize or four_bit
+        is_open = not dequantize or (four_bit and may_dequantize)
         if is_open and tokens >= (wanted if is_choice else longest):
             most = MOST_TOKENS if micro_batch_tokens == "auto" else int(micro_batch_tokens)
             return Plan(max(longest, min(tokens, most)), recompute, dequantize, _reason(free, recompute))

@@ -103,7 +103,10 @@ def made_at_once(output: Path) -> Iterator[Path]:
     with work:
         folder = Path(work.name) / "merged"
         yield folder
-        folder.rename(output)
+        try:
+            folder.rename(output)
+        except OSError as error:
+            raise UserError(f"output={output}: cannot be written: {error}") from error
 
 
 def merge(adapter: Path, reference: str, quantization: str) -> PreTrainedModel:

@@ -16,7 +16,15 @@ from steps.text2sql import active_run, adapter, artifacts, resume, run_log, stor
 from steps.text2sql.background import Background
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
-from steps.text2sql.run_folder import PREFIX, DiskError, run_folder, saved_in, step_of, write_folder
+from steps.text2sql.run_folder import (
+    PREFIX,
+    DiskError,
+    check_cache,
+    run_folder,
+    saved_in,
+    step_of,
+    write_folder,
+)
 from steps.text2sql.run_log import Point
 
 FINISHED_SECONDS = 300.0
@@ -53,6 +61,9 @@ class Outputs:
     `describe` gives the manifest of the adapter after so many steps; `keep` bounds the checkpoints, on the
     disk and in the store. Nothing is said to be logged before the store took it. A context manager: its end
     waits for the store.
+
+    Raises:
+        UserError: this machine has no place for them, before anything is trained.
     """
 
     def __init__(
@@ -68,6 +79,7 @@ class Outputs:
         self.recipe, self.keep, self._keep_on_disk = recipe, keep, keep
         self.run_id = active_run.run_id()
         self.folder = run_folder(self.run_id)
+        check_cache(self.folder)
         self.background = Background()
         self._points: list[Point] = []
         # Nothing begins to be logged while it is being removed.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlflow
 import yaml
+from mlflow.exceptions import MlflowException
 from mlflow.models.model import MLMODEL_FILE_NAME, Model, ModelInfo
 from mlflow.models.signature import ModelSignature
 from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
@@ -102,11 +103,8 @@ def load(package: Path, *, source: str) -> sql_model.SQLModel:
     """
     try:
         return mlflow.pyfunc.load_model(str(package)).unwrap_python_model()
-    except (
-        RuntimeError,
-        OSError,
-        ValueError,
-    ) as error:  # the package's own file has a BaseModelError of its own
+    # The package's own file has a BaseModelError of its own, and MLflow an error for one that does not run.
+    except (RuntimeError, OSError, ValueError, MlflowException) as error:
         raise UserError(f"{source}: does not load: {error}") from error
 
 
@@ -116,7 +114,10 @@ def read_manifest(package: Path, *, source: str) -> AdapterManifest:
     Raises:
         UserError: it has no signature, or is no package of this project.
     """
-    described = Model.load(str(package / MLMODEL_FILE_NAME))
+    try:
+        described = Model.load(str(package / MLMODEL_FILE_NAME))
+    except (MlflowException, OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{source}: its {MLMODEL_FILE_NAME} cannot be read: {error}") from error
     if described.signature is None:
         raise UserError(f"{source}: has no signature; score a version that the step register made.")
     if "prompt_template" not in (described.metadata or {}):

@@ -68,9 +68,10 @@ def pack(rows: Sequence[Row], *, capacity: int, multiple: int = 1) -> list[Pack]
     """Pack tokenized rows (`input_ids`, `labels`) into micro-batches of at most `capacity` tokens.
 
     With a `multiple`, tokens are filled up to one of its multiples and every `offsets` has the same length,
-    so that few shapes occur and a recorded step can be replayed.
+    so that few shapes occur and a recorded step can be replayed. The largest pack comes first.
     """
-    groups = first_fit([len(row["input_ids"]) for row in rows], capacity)
+    lengths = _lengths(rows)
+    groups = sorted(first_fit(lengths, capacity), key=lambda group: -sum(lengths[i] for i in group))
     return [_join([rows[i] for i in group], multiple, places=len(rows)) for group in groups]
 
 
@@ -82,16 +83,26 @@ def pack_evenly(rows: Sequence[Row], *, capacity: int, multiple: int, processes:
     """
     if processes == 1:
         return pack(rows, capacity=capacity, multiple=multiple)
-    groups = [[rows[i] for i in group] for group in _even_groups(rows, capacity, processes)]
+    groups = [[rows[i] for i in group] for group in _even_groups(_lengths(rows), capacity, processes)]
     tokens = max(sum(len(row["input_ids"]) for row in group) for group in groups) if multiple > 1 else 0
     answers = max(map(answer_tokens, groups)) if multiple > 1 else 0
     packs = [_join(one, multiple, places=len(rows), tokens=tokens, answers=answers) for one in groups]
     return packs + [empty_like(packs[-1])] * (-len(packs) % processes)
 
 
-def _even_groups(rows: Sequence[Row], capacity: int, processes: int) -> list[list[int]]:
+def largest(lengths: Sequence[int], *, capacity: int, processes: int) -> int:
+    """Tokens of the largest pack of a step, of rows of such lengths, as `pack_evenly` makes them."""
+    even = processes > 1
+    groups = _even_groups(lengths, capacity, processes) if even else first_fit(lengths, capacity)
+    return max(sum(lengths[i] for i in group) for group in groups)
+
+
+def _lengths(rows: Sequence[Row]) -> list[int]:
+    return [len(row["input_ids"]) for row in rows]
+
+
+def _even_groups(lengths: Sequence[int], capacity: int, processes: int) -> list[list[int]]:
     """Indices of the rows of each pack: as few for each process as the capacity allows."""
-    lengths = [len(row["input_ids"]) for row in rows]
     count = processes * -(-sum(lengths) // (processes * capacity))
     most = max(capacity, *lengths)
     groups = spread(lengths, count)

@@ -5,6 +5,7 @@ Raises:
 """
 
 import json
+import os
 import re
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -100,7 +101,7 @@ def artifact_uri(value: str) -> str:
 def new_folder(value: str) -> str:
     """An absolute path where there is nothing yet, in a folder that there is."""
     folder = Path(_absolute(value))
-    if folder.exists():
+    if os.path.lexists(folder):  # a link to nothing too
         raise ValueError("exists already; nothing is written over")
     if not folder.parent.is_dir():
         raise ValueError(f"there is no folder {folder.parent}")

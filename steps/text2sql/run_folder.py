@@ -25,6 +25,23 @@ def run_folder(run_id: str) -> Path:
     return cache_folder() / "runs" / run_id
 
 
+def check_cache(folder: Path) -> None:
+    """See that a folder of a run can be made in the cache.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"XDG_CACHE_HOME={cache_folder().parent}: checkpoints and adapter are kept there until they are "
+            f"logged, but nothing can be written: {error}; set XDG_CACHE_HOME to a folder of yours."
+        ) from error
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def step_of(checkpoint: Path | str) -> int:
     """Optimizer steps after which a checkpoint was saved."""
     return int(Path(checkpoint).name.removeprefix(PREFIX))

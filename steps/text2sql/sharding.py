@@ -7,7 +7,8 @@ from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from steps.text2sql import adapter
+from steps.text2sql import adapter, collectives, ranks
+from steps.text2sql.device import has_nvlink
 
 
 def shard(model: PeftModel) -> None:
@@ -23,8 +24,23 @@ def shard(model: PeftModel) -> None:
     settings = {
         "mesh": init_device_mesh(device, (dist.get_world_size(),)),
         "ignored_params": own,
-        "reshard_after_forward": os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true",
+        "reshard_after_forward": divides_again(),
     }
     for layer in adapter.decoder_layers(model):
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
+
+
+def divides_again() -> bool:
+    """Whether a layer is divided again between its forward and its backward pass, as accelerate says it."""
+    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+
+
+def gathers_fast() -> bool:
+    """Whether the parts of a base come together fast enough for weights of 16 bits rather than of 4.
+
+    Each pass over a pack gathers all of it. A base that is not divided again is held whole, which was asked
+    for with 4 bits in mind.
+    """
+    is_near = ranks.count() == ranks.count_here() and divides_again()
+    return bool(collectives.smallest(is_near and has_nvlink()))

@@ -759,7 +759,7 @@ class SQLModel(PythonModel):
             MlflowException: a row without a question, or a parameter out of range; status 400 when served.
         """
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
-        settings = dict(params or {})
+        settings = {name: value for name, value in (params or {}).items() if value is not None}
         full_text, repair = settings.pop("return_full_text", False), settings.pop("repair", True)
         check_request(rows, **settings)
         batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)

@@ -109,6 +109,7 @@ def begin() -> None:
 
 
 def _end(status: str, tag: str, reason: str) -> None:
+    reason = reason.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
     with processes.held_signals():  # the run has its end already
         try:
             mlflow.set_tags({tag: reason[:5000], MLFLOW_RUN_NOTE: f"{status}: {reason[:5000]}"})

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import patch_environment
@@ -64,14 +63,18 @@ class PackedTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of rows, unpadded and not divided among processes."""
-        return self._loader(self.train_dataset, self.args.train_batch_size, self._order())
+        sampler = self._order(lambda: self.state.global_step // self._steps_per_epoch)
+        return self._loader(self.train_dataset, self.args.train_batch_size, sampler)
 
-    def _order(self) -> Shuffled:
-        """Indices of the rows in the order of this epoch."""
+    def _order(self, epoch: Callable[[], int]) -> Shuffled:
+        """Indices of the rows in the order of an epoch."""
         sampler = Shuffled(self.train_dataset, generator=torch.Generator(), data_seed=self.args.seed)
-        steps = -(-len(self.train_dataset) // self.args.train_batch_size)
-        sampler.epoch_now = lambda: self.state.global_step // steps
+        sampler.epoch_now = epoch
         return sampler
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self.train_dataset) // self.args.train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All validation rows at once, so that their loss is the mean over their answer tokens."""
@@ -89,27 +92,37 @@ class PackedTrainer(ResumableTrainer):
         """
         model.train()
         self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
-        loss = self._fitting_step(rows)
-        while loss is None:
-            self._halve(rows)
-            loss = self._fitting_step(rows)
+        loss = self._computed(rows)
         collectives.add_up(self.gradients.flat)
         return collectives.add_up(loss)
 
-    def _fitting_step(self, rows: list[Row]) -> torch.Tensor | None:
-        """As `_step`, with the epoch's largest one before the first that is recorded: recordings share their
+    def _computed(self, rows: list[Row]) -> torch.Tensor:
+        """As `_step`. Before the first that is recorded comes the largest of all: recordings share their
         memory, and would take new memory for each that is larger than all before."""
         is_first = self.gradients.replay and not self.gradients.graphs
-        if is_first and self._step(self._largest_rows()) is None:
-            return None
-        return self._step(rows)
+        for one in [self._largest_rows(), rows] if is_first else [rows]:
+            loss = self._step(one)
+            if loss is None:
+                self._halve(one)
+                return self._computed(rows)
+        return loss
 
     def _largest_rows(self) -> list[Row]:
-        """Rows of the step of this epoch that has the most tokens."""
-        size, order = self.args.train_batch_size, list(self._order())
-        tokens = lengths(self.train_dataset).to_numpy()[order]
-        start = size * int(numpy.add.reduceat(tokens, range(0, len(order), size)).argmax())
-        return [self.train_dataset[i] for i in order[start : start + size]]
+        """Rows of the step with the largest pack, of all that are left."""
+        tokens = lengths(self.train_dataset).to_numpy()
+        shape = {"capacity": self.plan.tokens, "processes": self.args.world_size}
+        indices = max(self._steps_left(), key=lambda step: packing.largest(tokens[step].tolist(), **shape))
+        return [self.train_dataset[i] for i in indices]
+
+    def _steps_left(self) -> Iterator[list[int]]:
+        """Indices of the rows of each step to come, of this one first."""
+        size, step = self.args.train_batch_size, self.state.global_step
+        while step < self.state.max_steps:
+            epoch, done = divmod(step, self._steps_per_epoch)
+            order = list(self._order(lambda epoch=epoch: epoch))[done * size :]
+            left = min(self.state.max_steps - step, -(-len(order) // size))
+            yield from (order[at : at + size] for at in range(0, left * size, size))
+            step = (epoch + 1) * self._steps_per_epoch
 
     def _step(self, rows: list[Row]) -> torch.Tensor | None:
         """Share of this process in the loss, with its gradients; None when memory ran out in any process."""

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from steps.text2sql import adapter, collectives, packed_attention
 from steps.text2sql.checkpoints import Checkpoints, spread_random_state
 from steps.text2sql.device import peak_memory_gib
+from steps.text2sql.errors import UserError
 from steps.text2sql.memory_plan import Plan
 from steps.text2sql.sql_model import pick_device
 from steps.text2sql.tokenization import lengths
@@ -102,7 +103,8 @@ class Reporter(TrainerCallback):
     `log` takes (metrics, step). Speeds are means over the steps since the last report: `tokens_per_second`
     counts prompt and answer, without padding; `mfu` is the model FLOPs utilization (Chowdhery et al., arXiv
     2204.02311, appendix B): tokens per second times `operations_per_token`, over what the device reaches in
-    a large matrix product. `seconds_left` goes on at the speed so far.
+    a large matrix product. `seconds_left` goes on at the speed so far. A loss that is no number ends the
+    training.
     """
 
     def __init__(self, log: Log, *, batch_size: int, speed: Speed) -> None:
@@ -121,6 +123,7 @@ class Reporter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         """Report a point of the loss curve, or a validation loss."""
         self._report(logs, state.global_step, self._speed(state) if "loss" in logs else {})
+        check_loss(logs.get("loss", 0.0), state.global_step)
 
     def _report(self, logs: dict[str, float], step: int, speed: Mapping[str, float]) -> None:
         if "loss" in logs:
@@ -155,6 +158,19 @@ class Reporter(TrainerCallback):
             "peak_memory_gib": peak_memory_gib(),
             "seconds_left": (state.max_steps - state.global_step) * seconds / steps if steps else 0.0,
         }
+
+
+def check_loss(loss: float, step: int) -> None:
+    """End a training whose loss is no number any more.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} by step {step}: the training diverged, and its adapter would be of no use; "
+            "give a lower learning_rate or lora_alpha."
+        )
 
 
 def validation_rows(
@@ -219,12 +235,12 @@ def train(
     collectives.copy_from_first(one.data for one in model.parameters() if one.requires_grad)
     spread_random_state(0)
     # Under autocast peft would cast every input to fp32, and autocast back.
-    try:
-        with disable_input_dtype_casting(model, active=settings.bf16 or settings.fp16):
-            return trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss
-    finally:
-        # NCCL waits for ever when it is closed while a recording holds launches of it.
-        trainer.gradients.forget_graphs()
+    with disable_input_dtype_casting(model, active=settings.bf16 or settings.fp16):
+        loss = trainer.train(resume_from_checkpoint=checkpoints.resume_from).training_loss
+    check_loss(loss, trainer.state.global_step)
+    # NCCL waits for ever when it is closed while a recording holds launches of it.
+    trainer.gradients.forget_graphs()
+    return loss
 
 
 def mean_tokens(rows: datasets.Dataset) -> float:

@@ -13,11 +13,12 @@ from steps.text2sql.training_speed import Speed
 class Work(NamedTuple):
     """What a training goes through: `steps` of `batch_size` rows, `mean_tokens` each, out of `rows`.
 
-    The longest of all has `longest` tokens.
+    The longest of all has `longest` tokens, and `deviation` is the standard deviation.
     """
 
     rows: int
     mean_tokens: float
+    deviation: float
     longest: int
     batch_size: int
     steps: int
@@ -26,6 +27,11 @@ class Work(NamedTuple):
     def step_tokens(self) -> float:
         """Tokens of an optimizer step."""
         return self.mean_tokens * self.batch_size
+
+    @property
+    def most_step_tokens(self) -> float:
+        """About the tokens of the largest step: one of some hundreds is three standard deviations above."""
+        return self.step_tokens + 3 * self.deviation * self.batch_size**0.5
 
     @property
     def tokens(self) -> float:
@@ -46,7 +52,7 @@ def peak_bytes(
         four_bit=held.four_bit,
         trainable=trainable,
         longest=work.longest,
-        step_tokens=work.step_tokens,
+        step_tokens=work.most_step_tokens,
     )
 
 
