@@ -1,6 +1,5 @@
 """Search learning rate, rank and number of steps over trainings on the same data, by validation loss."""
 
-import math
 import shutil
 import sys
 from functools import partial
@@ -120,7 +119,8 @@ def train(
 def has_diverged(run_id: str) -> bool:
     """Whether a training ended since its loss was no number."""
     metrics = mlflow.get_run(run_id).data.metrics if run_id else {}
-    return not math.isfinite(metrics.get("train_loss", 0.0))
+    # NaN is not less either; MLflow keeps infinity as the largest number.
+    return not metrics.get("train_loss", 0.0) < sys.float_info.max
 
 
 def validation_rows(call: SweepCall) -> dict[str, str]:
