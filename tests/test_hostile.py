@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from mlflow.projects._project_spec import load_project
@@ -189,6 +189,7 @@ def test_extracting_sql_takes_any_text(text):
     | st.sampled_from([b"\xff\xfe", b"\x00" * 50, b"[" * 100_000, b'{"a":' * 50_000]),
     suffix=st.sampled_from(parameter_checks.DATA_SUFFIXES),
 )
+@example(content=b'"', suffix=".csv")
 def test_a_file_of_any_bytes_is_rows_or_a_message(tmp_path_factory, content, suffix):
     file = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
     file.write_bytes(content)

@@ -208,10 +208,10 @@ def _object(row: Any) -> dict[str, Any]:
 def _read_csv(path: Path) -> pandas.DataFrame:
     # Every cell is text: a question "NA" and an answer "1.0" stay what they are.
     reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-    if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
-        raise ValueError(f"has several columns named {', '.join(repeated)}")
     rows = []
     try:
+        if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise ValueError(f"has several columns named {', '.join(repeated)}")
         for row in reader:
             if None in row:
                 raise ValueError(
