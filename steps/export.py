@@ -52,7 +52,7 @@ def main(params: ExportParams) -> None:
             rows = scored_rows.choose(
                 pandas.DataFrame(sample_data.generate(SAMPLE_SEED)), params.compare_rows
             )
-            served, merged = ask_both(package, folder, described, rows)
+            served, merged = ask_both(package, folder, described, rows, source=f"model_uri={uri}")
             offer(rows, served, merged, min_same_sql=params.min_same_sql)
     report(version, output)
 
@@ -71,10 +71,10 @@ def check(adapter: Path, described: AdapterManifest, params: ExportParams) -> to
 
 
 def ask_both(
-    package: Path, folder: Path, described: AdapterManifest, rows: pandas.DataFrame
+    package: Path, folder: Path, described: AdapterManifest, rows: pandas.DataFrame, *, source: str
 ) -> tuple[Answered, Answered]:
     """Answers of the version, as it is served, and of the merged model, as it was written; one at a time."""
-    served = packaging.load(package, source="model_uri")
+    served = packaging.load(package, source=source)
     budget = evaluation.token_budget(served.tokenizer, rows["answer"])
     first = ask(served, rows, budget)
     del served

@@ -8,7 +8,7 @@ import sys
 import pytest
 from sqlglot import exp
 
-from steps.text2sql.column_values import holds
+from steps.text2sql.column_values import constants_of, holds, stored
 from steps.text2sql.gold_query import Column, Condition, read_needs, read_tables
 from steps.text2sql.made_databases import make_databases
 from steps.text2sql.sql_execution import QueryError, run_query
@@ -256,7 +256,8 @@ def test_a_context_that_does_not_parse_is_an_error():
     ],
 )
 def test_conditions_hold_as_in_sqlite(operator, constants, affinity, value, expected):
-    assert holds(Condition(operator, constants), value, affinity) is expected
+    kept = constants_of(Condition(operator, constants), affinity)
+    assert holds(operator, kept, stored(value, affinity)) is expected
 
 
 def test_columns_are_found_through_aliases_derived_tables_and_common_tables():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Collection
 
 from sqlglot import exp
 
@@ -120,13 +121,13 @@ def told_apart(value: Value, kind: ColumnType) -> Value:
     return value.rstrip(" ") if kind.collation == "RTRIM" else value
 
 
-def holds(condition: Condition, value: Value, affinity: str) -> bool:
-    """Whether a stored value meets a condition, by SQLite's rules for comparing."""
-    if affinity not in condition.stored:
-        condition.stored[affinity] = dict.fromkeys(stored(one, affinity) for one in condition.constants)
-    constants = condition.stored[affinity]
-    value = stored(value, affinity)
-    operator = condition.operator
+def constants_of(condition: Condition, affinity: str) -> Collection[Value]:
+    """A condition's constants as a column of that affinity keeps them, each once, in their order."""
+    return dict.fromkeys(stored(constant, affinity) for constant in condition.constants).keys()
+
+
+def holds(operator: type[exp.Expression], constants: Collection[Value], value: Value) -> bool:
+    """Whether a value meets a condition, by SQLite's rules for comparing; all as a column keeps them."""
     if operator is exp.Is or value is None or None in constants:
         return value in constants
     if operator is exp.Like:

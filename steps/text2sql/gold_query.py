@@ -5,7 +5,6 @@ Read from their parse trees. As in SQLite, a double-quoted name that is no colum
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections import defaultdict
@@ -80,11 +79,6 @@ class Condition:
 
     operator: type[exp.Expression]
     constants: tuple[Value, ...]
-
-    @functools.cached_property
-    def stored(self) -> dict[str, dict[Value, None]]:
-        """The constants as columns keep them, each once and in order, by affinity that was asked for."""
-        return {}
 
 
 @dataclass

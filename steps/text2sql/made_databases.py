@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from steps.text2sql.column_values import (
+    constants_of,
     holds,
     near_misses,
     ordinary_dates,
     ordinary_numbers,
     ordinary_words,
     rank,
+    stored,
     told_apart,
 )
 from steps.text2sql.gold_query import (
@@ -222,9 +224,11 @@ class _Maker:
         kind, conditions = self._type(column), self._needs.conditions.get(column, [])
         if style.has_gaps and not conditions:
             pool = self._rng.sample(pool, math.ceil(0.6 * len(pool)))
+        asked = [(one.operator, constants_of(one, kind.affinity)) for one in conditions]
         found: dict[tuple[bool, ...], list[Value]] = {}
         for value in pool:
-            met = tuple(holds(condition, value, kind.affinity) for condition in conditions)
+            kept = stored(value, kind.affinity)
+            met = tuple(holds(operator, constants, kept) for operator, constants in asked)
             found.setdefault(met, []).append(value)
         return [found[met] for met in sorted(found, key=lambda met: (-sum(met), met))]
 

@@ -84,7 +84,7 @@ def pack_evenly(rows: Sequence[Row], *, capacity: int, multiple: int, processes:
     if processes == 1:
         return pack(rows, capacity=capacity, multiple=multiple)
     groups = [[rows[i] for i in group] for group in _even_groups(_lengths(rows), capacity, processes)]
-    tokens = max(sum(len(row["input_ids"]) for row in group) for group in groups) if multiple > 1 else 0
+    tokens = max(sum(_lengths(group)) for group in groups) if multiple > 1 else 0
     answers = max(map(answer_tokens, groups)) if multiple > 1 else 0
     packs = [_join(one, multiple, places=len(rows), tokens=tokens, answers=answers) for one in groups]
     return packs + [empty_like(packs[-1])] * (-len(packs) % processes)
