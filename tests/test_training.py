@@ -32,8 +32,8 @@ def settings(tmp_path):
     """Makes settings for short trainings."""
 
     def make(steps, batch_size, **named):
-        named = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "optim": "adamw_torch"} | named
-        named |= {"logging_steps": 1, "seed": 1, "disable_tqdm": True}
+        defaults = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
+        named = defaults | {"logging_steps": 1, "seed": 1, "disable_tqdm": True} | named
         return training.arguments(tmp_path, steps=steps, batch_size=batch_size, recompute=False, **named)
 
     return make
@@ -249,6 +249,48 @@ def test_what_is_recorded_first_leaves_no_trace(tiny_base, tokenizer, settings, 
         train(model, splits(tokenizer, 12), settings=settings(3, 4), callbacks=[probe], replay=replay)
         found[replay] = [*probe.losses, probe.seen]
     assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_where_steps_are_recorded_the_next_one_is_computed_before_a_point_is_logged(
+    model, tokenizer, settings, recorded, logging_steps
+):
+    settled, computed = settings(6, 4, logging_steps=logging_steps), {}
+
+    class Logged(TrainerCallback):
+        def on_log(self, args, state, control, *, logs, **kwargs):
+            steps = len([tokens for tokens in recorded.computed if tokens]) - 1  # one is the largest of all
+            if "loss" in logs:
+                computed[state.global_step] = (steps, round(logs["epoch"] * 3))
+
+    train(model, splits(tokenizer, 12), settings=settled, callbacks=[Logged()], tokens=10_000, replay=True)
+    alone = {1, 3, 5} if logging_steps == 1 else {1}  # not with a validation, nor at the end
+    assert computed == {
+        step: (step + (step in alone), step)
+        for step in range(1, 7)
+        if step == 1 or not step % logging_steps
+    }
+
+
+def test_points_are_the_same_where_they_are_logged_late(tiny_base, tokenizer, settings, recorded):
+    found = {}
+    for replay in (False, True):
+        torch.manual_seed(0)
+        lora = adapter.lora_config(r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+        model, points = adapter.attach(sql_model.load_base(str(tiny_base), "none"), lora), []
+        report = training.Reporter(
+            lambda metrics, step, points=points: points.append({"step": step} | metrics),
+            batch_size=4,
+            speed=Speed(1, 1.0),
+        )
+        settled = settings(7, 4, logging_steps=2, lr_scheduler_type="linear")
+        train(model, splits(tokenizer, 12), settings=settled, callbacks=[report], replay=replay)
+        names = ("step", "train_loss", "grad_norm", "learning_rate", "eval_loss")
+        found[replay] = [{name: one[name] for name in names if name in one} for one in points]
+    assert [one["step"] for one in found[True] if "train_loss" in one] == [1, 2, 4, 6]
+    assert len(found[True]) == len(found[False]) > 4
+    for late, expected in zip(found[True], found[False], strict=True):
+        assert late == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_did_not_fit_is_halved_and_recorded_first_again(

@@ -60,6 +60,7 @@ class PackedTrainer(ResumableTrainer):
             self.model, longest=self.longest, dtype=compute_dtype(self.args), replay=replay
         )
         self.has_halved = False
+        self._log_waiting: Callable[[], None] = lambda: None
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of rows, unpadded and not divided among processes."""
@@ -91,10 +92,12 @@ class PackedTrainer(ResumableTrainer):
             UserError: memory ran out twice.
         """
         model.train()
-        self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
         loss = self._computed(rows)
         collectives.add_up(self.gradients.flat)
-        return collectives.add_up(loss)
+        collectives.add_up(loss)
+        self._log_waiting()
+        self.state.num_input_tokens_seen += sum(len(row["input_ids"]) for row in rows)
+        return loss
 
     def _computed(self, rows: list[Row]) -> torch.Tensor:
         """As `_step`. Before the first that is recorded comes the largest of all: recordings share their
@@ -151,6 +154,30 @@ class PackedTrainer(ResumableTrainer):
         self.gradients.forget_graphs()
         clear_device_cache(garbage_collection=True)
 
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: torch.Tensor, *others: Any, **named: Any
+    ) -> None:
+        """As in Trainer, but where steps are recorded, what is to be logged alone is logged in the next step.
+
+        The GPU has that step to do while the numbers come: after waiting for them it would idle until the
+        recording is launched, 15 ms for the 8,000 launches of a step of Mistral-7B.
+        """
+        control, log = self.control, super()._maybe_log_save_evaluate
+        comes_more = control.should_evaluate or control.should_save or control.should_training_stop
+        if comes_more or not (control.should_log and self.gradients.replay):
+            log(tr_loss, grad_norm, *others, **named)
+            return
+        numbers = fetching(torch.stack((tr_loss, grad_norm)))
+        tr_loss.zero_()
+        control.should_log = False
+
+        def log_waiting() -> None:
+            self._log_waiting = lambda: None
+            self.control.should_log = True
+            log(*numbers(), *others, **named)
+
+        self._log_waiting = log_waiting
+
     def _packs(self, rows: list[Row], *, multiple: int | None = None) -> list[Pack]:
         """Packs of this process; each process has as many."""
         packs = packing.pack_evenly(
@@ -170,6 +197,21 @@ class PackedTrainer(ResumableTrainer):
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.compute_loss_context_manager():
             loss = sum(summed_loss(model, one.to(self.args.device), longest=self.longest) for one in packs)
         return collectives.add_up(loss) / packing.answer_tokens(inputs), None, None
+
+
+def fetching(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a tensor to the CPU; the function waits for the copy, and for nothing that came later."""
+    copy = tensor.to("cpu", non_blocking=True)
+    ready = torch.cuda.Event() if tensor.is_cuda else None
+    if ready:
+        ready.record()
+
+    def fetched() -> torch.Tensor:
+        if ready:
+            ready.synchronize()
+        return copy
+
+    return fetched
 
 
 def compute_dtype(settings: TrainingArguments) -> torch.dtype:
