@@ -22,7 +22,13 @@ from benchmarks.markdown import Table, print_table
 from steps.text2sql import adapter, packaging, scoring
 from steps.text2sql.device import describe_device
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
-from steps.text2sql.sql_model import EMBEDDED_BASE, PROMPT_TEMPLATE, load_base_tokenizer
+from steps.text2sql.sql_model import (
+    EMBEDDED_BASE,
+    PROMPT_TEMPLATE,
+    ROWS_PER_BATCH,
+    TOKENS_PER_BATCH,
+    load_base_tokenizer,
+)
 
 SEED = 0
 DEFAULTS = recipe.Recipe()
@@ -70,7 +76,8 @@ def main() -> None:
     data = recipe.prepared(pandas.read_json(given.rows, lines=True), DEFAULTS)
     model = recipe.train(DEFAULTS, data, steps=given.steps, seed=SEED)
     rows = pandas.read_json(given.validation, lines=True).head(given.answers)
-    answered = recipe.answers(model, load_base_tokenizer(EMBEDDED_BASE), {"rows": rows})["rows"]
+    batches = {"batch_size": ROWS_PER_BATCH, "max_batch_tokens": TOKENS_PER_BATCH}  # as the package does
+    answered = recipe.answers(model, load_base_tokenizer(EMBEDDED_BASE), {"rows": rows}, **batches)["rows"]
     in_memory = recipe.repaired(answered["generated"], rows)
     served = packaged(model, steps=given.steps).predict(
         rows[["question", "context"]], params={"max_new_tokens": recipe.MAX_NEW_TOKENS}

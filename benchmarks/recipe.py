@@ -368,17 +368,20 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
 
 
 def answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerFast, sets: dict[str, pandas.DataFrame]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    sets: dict[str, pandas.DataFrame],
+    **batches: int,
 ) -> dict[str, dict[str, list[Any]]]:
-    """Columns `generated` and `stopped` of each set, all answered together."""
+    """Columns `generated` and `stopped` of each set, all answered together, in `batches` of `generate`."""
     rows = pandas.concat(sets.values())
     prompts = [
         render_prompt(PROMPT_TEMPLATE, question=row.question, context=row.context)
         for row in rows.itertuples()
     ]
-    size = ROWS_AT_ONCE[pick_device()[0]]
+    batches = batches or {"batch_size": ROWS_AT_ONCE[pick_device()[0]]}
     found = {}
-    for batch in generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=size):
+    for batch in generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, **batches):
         found |= batch
     in_order = iter([found[i] for i in range(len(rows))])
     parts = {name: list(itertools.islice(in_order, len(part))) for name, part in sets.items()}
@@ -502,30 +505,52 @@ def is_right_on(database: Path, gold: str, query: str) -> bool:
 
 
 def table(given: argparse.Namespace) -> Table:
-    """Each recipe's mean over its seeds, with an interval where there are several."""
+    """Each recipe's mean over its seeds, with an interval where there are several; the best first.
+
+    `to defaults` is the mean difference of the first column to the defaults with the same seed.
+    """
     _, sets = read_rows(given)
-    found: dict[tuple[int, str], list[Scores]] = {}
-    for line in map(json.loads, given.table.read_text(encoding="utf-8").splitlines()):
-        scores = {f"{name}, likeliest": share for name, share in line.get("likeliest", {}).items()}
-        scores |= {
-            f"{name}, {metric}": value
-            for name, answered in line["sets"].items()
-            if name in sets
-            for metric, value in score(sets[name], answered, given.databases).items()
-        }
-        found.setdefault((line["steps"], line["recipe"]), []).append(scores)
-    columns = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run))
-    yield "recipe", "steps", "seeds", *columns
-    for (steps, recipe), runs in sorted(found.items(), key=lambda item: item[0][0]):
-        cells = [interval([run[name] for run in runs if name in run]) for name in columns]
-        yield recipe, steps, len(runs), *cells
+    lines = [json.loads(line) for line in given.table.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["scores"] = scores_of(line, sets, given.databases)
+    columns = list(dict.fromkeys(name for line in lines for name in line["scores"]))
+    ours = {(line["steps"], line["seed"]): line["scores"] for line in lines if line["recipe"] == "defaults"}
+    found = defaultdict(list)
+    for line in lines:
+        found[line["steps"], line["recipe"]].append(line)
+    yield "recipe", "steps", "seeds", *columns, "to defaults", "training, s"
+    for (steps, recipe), runs in sorted(found.items(), key=lambda item: best_first(item, columns[0])):
+        cells = [interval([run["scores"][one] for run in runs if one in run["scores"]]) for one in columns]
+        gains = [
+            run["scores"][columns[0]] - ours[steps, run["seed"]][columns[0]]
+            for run in runs
+            if (steps, run["seed"]) in ours
+        ]
+        seconds = statistics.mean(run["train_seconds"] for run in runs)
+        yield recipe, steps, len(runs), *cells, interval(gains, sign="+"), f"{seconds:.0f}"
 
 
-def interval(values: Sequence[float]) -> str:
+def best_first(runs: tuple[tuple[int, str], list[dict[str, Any]]], column: str) -> tuple[int, float]:
+    """What recipes are ordered by: steps, and then by the mean of a column, the largest first."""
+    return runs[0][0], -statistics.mean(run["scores"].get(column, 0.0) for run in runs[1])
+
+
+def scores_of(line: Mapping[str, Any], sets: dict[str, pandas.DataFrame], databases: Path | None) -> Scores:
+    """What a line of --out says of each set, by "set, metric"."""
+    likeliest = {f"{name}, likeliest": share for name, share in line.get("likeliest", {}).items()}
+    return likeliest | {
+        f"{name}, {metric}": value
+        for name, answered in line["sets"].items()
+        if name in sets
+        for metric, value in score(sets[name], answered, databases).items()
+    }
+
+
+def interval(values: Sequence[float], sign: Literal["", "+"] = "") -> str:
     """Mean with the half width of its 95 % interval (Student's t over seeds)."""
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.1%}"
+    mean = f"{statistics.mean(values):{sign}.1%}"
     if len(values) == 1:
         return mean
     error = statistics.stdev(values) / len(values) ** 0.5

@@ -159,8 +159,34 @@ def test_a_quick_measurement_reads_right_answers_instead_of_generating(
     monkeypatch.setattr(sys, "argv", [*given, "--table", str(out)])
     recipe.main()
     head, _, row = capsys.readouterr().out.splitlines()
-    assert head == "| recipe | steps | seeds | choice, likeliest |"
-    assert row == "| defaults | 2 | 1 | 100.0% |"
+    assert head == "| recipe | steps | seeds | choice, likeliest | to defaults | training, s |"
+    assert re.fullmatch(r"\| defaults \| 2 \| 1 \| 100.0% \| \+0.0% \| \d+ \|", row)
+
+
+def test_recipes_are_ordered_and_compared_with_the_defaults_seed_by_seed(recipe_rows, tmp_path):
+    found = {
+        "defaults": {0: 0.4, 1: 0.5, 2: 0.6},
+        "worse": {2: 0.5},
+        "better": {1: 0.51, 0: 0.43},
+    }
+    lines = [
+        {"recipe": name, "steps": 60, "seed": seed, "train_seconds": 2 + seed, "sets": {}}
+        | {"likeliest": {"choice": share, "spider": 0.1}}
+        for name, shares in found.items()
+        for seed, share in shares.items()
+    ]
+    out = tmp_path / "found.jsonl"
+    out.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    given = argparse.Namespace(
+        table=out, rows=recipe_rows, all_rows=False, validation=None, spider=None, databases=None
+    )
+    _, *rows = recipe.table(given)
+    defaults, worse, better = (
+        ["defaults", 60, 3, "50.0% ± 24.8", "10.0% ± 0.0", "+0.0% ± 0.0", "3"],
+        ["worse", 60, 1, "50.0%", "10.0%", "-10.0%", "4"],
+        ["better", 60, 2, "47.0% ± 50.8", "10.0% ± 0.0", "+2.0% ± 12.7", "2"],
+    )
+    assert [[*row] for row in rows] == [defaults, worse, better]
 
 
 def test_an_answer_is_likeliest_where_each_of_its_tokens_is():
