@@ -16,14 +16,15 @@ import pandas
 import torch
 
 from benchmarks.markdown import Table, print_table
-from steps.text2sql import dataset, evaluation, sample_data, scored_rows, splits
-from steps.text2sql.device import describe_device, free_memory_bytes
+from steps.text2sql import dataset, evaluation, memory_plan, sample_data, scored_rows, splits
+from steps.text2sql.device import describe_device
 from steps.text2sql.sql_model import (
     EMBEDDED_BASE,
     PROMPT_TEMPLATE,
     SQLModel,
     load_base,
     load_base_tokenizer,
+    pick_device,
 )
 
 TURNS = 4
@@ -50,7 +51,8 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     answering, rows = model(), test_rows(count)
     budget = evaluation.token_budget(answering.tokenizer, rows["answer"])
-    found = evaluation.find_batch_size(answering, rows, max_new_tokens=budget, free=free_memory_bytes())
+    free = memory_plan.free_bytes(pick_device()[0])
+    found = evaluation.find_batch_size(answering, rows, max_new_tokens=budget, free=free)
     first = torch.ones(1, 8, dtype=torch.long, device=answering.model.device)
     answering.model.generate(first, max_new_tokens=2)  # the first one is slow
     by_length = rows.loc[(rows["question"] + rows["context"]).str.len().sort_values().index]

@@ -18,6 +18,7 @@ from steps.text2sql import (
     evaluation,
     figures,
     manifest,
+    memory_plan,
     model_card,
     model_versions,
     packaging,
@@ -32,10 +33,10 @@ from steps.text2sql import (
     store_names,
     transformers_flavor,
 )
-from steps.text2sql.device import free_memory_bytes
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.params import Auto, EvaluateParams
-from steps.text2sql.sql_model import BaseModelError, SQLModel
+from steps.text2sql.scoring import EXECUTION_ACCURACY
+from steps.text2sql.sql_model import BaseModelError, SQLModel, pick_device
 
 # The adapter is off for the second one; its metrics and columns begin with its prefix.
 TUNED, BASE = "", scoring.BASE_PREFIX
@@ -77,7 +78,8 @@ def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int | Auto)
     """Answers of the tuned model and of its base, with the same budget of new tokens."""
     budget = evaluation.token_budget(model.tokenizer, rows["answer"])
     if batch_size == "auto":
-        batch_size = evaluation.find_batch_size(model, rows, max_new_tokens=budget, free=free_memory_bytes())
+        free = memory_plan.free_bytes(pick_device()[0])
+        batch_size = evaluation.find_batch_size(model, rows, max_new_tokens=budget, free=free)
         run_log.log_choices(eval_batch_size=f"{batch_size} rows (auto: by free memory)")
     mlflow.log_param("max_new_tokens", budget)
     return {
@@ -112,12 +114,12 @@ def keep(
     """Log all that there is to read, and link version and run to each other; the metrics come back."""
     metrics = evaluation.metrics(verdicts) | unrepaired
     predictions = evaluation.predictions(rows, answers, verdicts)
-    headline = scoring.headline(metrics)
-    right = {prefix: predictions[f"{prefix}{headline}"] for prefix in (TUNED, BASE)}
+    right = {prefix: predictions[f"{prefix}{EXECUTION_ACCURACY}"] for prefix in (TUNED, BASE)}
     by_slice = slices.table(predictions["gold"], right)
-    log_metrics(model_id, rows, metrics | slices.metrics(by_slice, metric=headline, prefixes=(TUNED, BASE)))
-    link(version, rows, {headline: scoring.summary(metrics, headline)})
-    show(version, metrics, predictions, by_slice, headline)
+    of_slices = slices.metrics(by_slice, metric=EXECUTION_ACCURACY, prefixes=(TUNED, BASE))
+    log_metrics(model_id, rows, metrics | of_slices)
+    link(version, rows, {EXECUTION_ACCURACY: scoring.summary(metrics, EXECUTION_ACCURACY)})
+    show(version, metrics, predictions, by_slice)
     assessments.log(predictions, model_id=model_id)
     print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
     return metrics
@@ -171,16 +173,14 @@ def show(
     metrics: dict[str, float],
     predictions: pandas.DataFrame,
     by_slice: pandas.DataFrame,
-    headline: str,
 ) -> None:
     """Log what a person looks at: the tables, the picture of the slices, and the page."""
-    picture = figures.slice_accuracy(by_slice, base_prefix=BASE, metric=headline)
+    picture = figures.slice_accuracy(by_slice, base_prefix=BASE, metric=EXECUTION_ACCURACY)
     page = report.render(
         f"{version.name} version {version.version}",
         metrics=metrics,
         predictions=predictions,
         picture=picture,
-        headline=headline,
     )
     mlflow.log_table(predictions, store_names.PREDICTIONS)
     mlflow.log_table(by_slice, store_names.SLICES)

@@ -19,16 +19,14 @@ from steps.text2sql import (
     screen,
     step_run,
     store_names,
+    validations,
 )
 from steps.text2sql.command_line import MainParams, SweepCall, parse_sweep
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.params import OwnMainParams
 from steps.text2sql.run_folder import run_folder
 from steps.text2sql.search import Search, ShouldStop, Space, open_storage
-from steps.text2sql.watcher import Watcher
-
-# As in a training of 64 steps and more.
-VALIDATION_ROWS = 64
+from steps.text2sql.watcher import STOPPED_EARLY, Watcher
 
 
 def main(call: SweepCall) -> None:
@@ -100,15 +98,17 @@ def train(
             **validation_rows(call),
             **told,
         )
-    except Interrupted:
-        if not watcher.has_stopped:
+    except Interrupted as error:
+        if str(error) != STOPPED_EARLY:
             raise
         shutil.rmtree(run_folder(watcher.child), ignore_errors=True)  # its checkpoint
         print(f"  stopped early: {store_names.EVAL_LOSS} was above the median of the others", flush=True)
         return None
     except UserError:
-        if not has_diverged(child_runs.newest_child(active_run.run_id(), "train")):
+        child = child_runs.newest_child(active_run.run_id(), "train")
+        if not has_diverged(child):
             raise
+        shutil.rmtree(run_folder(child), ignore_errors=True)
         return None
     loss = run.data.metrics[store_names.EVAL_LOSS]
     mlflow.log_metric(store_names.EVAL_LOSS, loss, step=number)
@@ -126,7 +126,7 @@ def has_diverged(run_id: str) -> bool:
 def validation_rows(call: SweepCall) -> dict[str, str]:
     """Rows of a validation: the same in all trials, however short, or their losses were no comparison."""
     given = call.given.get("validation_rows", "auto")
-    return {"validation_rows": str(VALIDATION_ROWS) if given == "auto" else given}
+    return {"validation_rows": str(validations.ROWS) if given == "auto" else given}
 
 
 def recipe(call: SweepCall, values: dict[str, str]) -> dict[str, str]:

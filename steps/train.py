@@ -1,6 +1,5 @@
 """Fine-tune the quantized base with LoRA on a prepared dataset, in one process or in several."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -38,7 +37,6 @@ from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from steps.text2sql.outputs import NoOutputs, Outputs
 from steps.text2sql.params import TrainParams
-from steps.text2sql.run_folder import run_folder
 from steps.text2sql.sql_model import (
     BaseModelError,
     load_base,
@@ -83,8 +81,8 @@ def train(params: TrainParams) -> None:
         sharding.shard(model)
     with open_outputs(params, settings, described, model, tokenizer) as outputs:
         fit(params, settings, outputs, data, plan, speed)
-    if params.resume_from and ranks.is_first():  # what it left on this machine is not needed any more
-        shutil.rmtree(run_folder(params.resume_from), ignore_errors=True)
+    if ranks.is_first():
+        resume.forget(params.resume_from)
 
 
 def open_outputs(

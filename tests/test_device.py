@@ -58,3 +58,10 @@ def test_weights_of_16_bits_are_gathered_over_nvlink_in_one_machine_alone(gpu, m
     assert sharding.gathers_fast() is fast
     gpu(False)
     assert sharding.gathers_fast() is False
+
+
+@pytest.mark.parametrize(("system", "most"), [("linux", 2 * 2**20), ("darwin", 2 * 2**30)])
+def test_peak_memory_is_in_gib_in_whatever_the_system_counts(monkeypatch, system, most):
+    monkeypatch.setattr(device.sys, "platform", system)
+    monkeypatch.setattr(device.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=most))
+    assert device.peak_memory_gib() == 2

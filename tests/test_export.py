@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steps.text2sql import merging, sql_model
+from steps.text2sql import base_model, merging, sql_model
 from steps.text2sql.errors import UserError
 from tests.conftest import call_step, failure, tracking_at, write_tiny_base
 
@@ -176,9 +176,11 @@ def test_a_version_or_alias_that_is_not_there_is_refused(chain, tmp_path):
 
 
 def test_a_base_that_is_gone_is_refused(chain, tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(merging, "locate_base", lambda _: {"pretrained_model_name_or_path": "/no/such/base"})
+    monkeypatch.setattr(
+        base_model, "locate_base", lambda _: {"pretrained_model_name_or_path": "/no/such/base"}
+    )
     message, run = failure("export", model_uri="models:/text2sql/1", output=tmp_path / "merged")
-    assert f"base model {tiny_base}: " in message
+    assert f"base_model={tiny_base}: is no language model that can be loaded: " in message
     assert run.info.status == "FAILED"
     assert list(tmp_path.iterdir()) == []
 

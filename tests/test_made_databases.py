@@ -73,10 +73,11 @@ def test_columns_that_are_joined_share_values_and_have_others():
 
 
 def test_columns_that_are_not_compared_hold_different_values():
-    found = make_databases(SINGERS, "SELECT name, debut FROM singer")
-    for database in found:
+    overlaps = 0
+    for database in make_databases(SINGERS, "SELECT name, debut FROM singer"):
         names, debuts = ({row[i] for row in database.rows["singer"]} - {None, "", 0} for i in (0, 2))
-        assert names != debuts
+        overlaps += bool(names & debuts)
+    assert overlaps <= 1  # by chance
 
 
 def test_sides_of_a_set_operation_overlap_and_differ():

@@ -40,6 +40,12 @@ def test_the_more_memory_the_less_is_computed_twice(card_gib, recompute, dequant
     assert found.tokens >= 1024
 
 
+def test_a_plan_says_why_activations_are_recomputed():
+    assert plan(8).reason.endswith("GiB free, short: activations are recomputed")
+    asked = plan(80, gradient_checkpointing="yes").reason
+    assert asked.endswith("GiB free, gradient_checkpointing=yes: activations are recomputed")
+
+
 def test_a_plan_fits_in_what_is_free():
     for card_gib in range(8, 81, 4):
         found = plan(card_gib)

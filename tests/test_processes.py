@@ -80,6 +80,19 @@ def test_a_second_ctrl_c_kills_at_once_and_a_second_sigterm_does_not(family):
     assert not any(processes._is_alive(one) for one in members)
 
 
+@pytest.mark.parametrize("first", ["signal", "reason"])
+def test_a_signal_is_the_reason_whether_it_comes_before_another_or_after(family, first):
+    process, _ = family
+    stopper = processes.Stopper(grace_seconds=0.2)
+    with stopper.listening():
+        if first == "reason":
+            stopper.stop("stopped early")
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopper.stop("stopped early")
+        process.wait(timeout=LIMIT_SECONDS)
+    assert stopper.stopped_by == "SIGTERM"
+
+
 def test_without_a_signal_nothing_is_touched_and_handlers_go_back(family):
     process, members = family
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

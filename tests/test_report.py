@@ -21,9 +21,7 @@ def page(*, right: int, wrong: int, **columns: str) -> str:
     metrics |= {"failures/wrong_rows": 7, "base_failures/wrong_rows": 9}
     shares = {"execution_accuracy": 0.5, "execution_accuracy_low": 0.25, "execution_accuracy_high": 0.75}
     metrics |= shares | {f"base_{name}": value / 2 for name, value in shares.items()}
-    return report.render(
-        "sql version 3", metrics=metrics, predictions=table, picture=Figure(), headline="execution_accuracy"
-    )
+    return report.render("sql version 3", metrics=metrics, predictions=table, picture=Figure())
 
 
 def test_the_page_shows_scores_with_their_intervals_and_counts_of_failures():

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 from mlflow.artifacts import download_artifacts
 
-from steps.text2sql import run_folder, training
+from steps.text2sql import resume, run_folder, training
 from tests.conftest import QUICK, Forked, call_step, failure, plain_rows, tracking_at, write_jsonl
 
 VALUES = QUICK | {"lora_dropout": 0.2, "max_steps": 9, "save_steps": 2}
@@ -157,3 +157,15 @@ def test_no_more_than_keep_checkpoints_stay_on_the_disk_and_in_the_store(dataset
 def test_a_finished_training_leaves_nothing_on_the_disk(dataset_uri):
     run = call_step("train", dataset_uri=dataset_uri, **VALUES)
     assert not run_folder.run_folder(run.info.run_id).exists()
+
+
+def test_what_all_trainings_before_left_on_this_machine_is_removed_at_the_end(store, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    client, before, runs = mlflow.MlflowClient(), "0" * 32, []  # the first is gone from the store
+    for _ in range(2):
+        run = client.create_run("0", tags={"resumed_from": before}).info.run_id
+        runs, before = [*runs, before], run
+    for run in (*runs, before, "another"):
+        run_folder.run_folder(run).mkdir(parents=True)
+    resume.forget(before)
+    assert [path.name for path in run_folder.run_folder("another").parent.iterdir()] == ["another"]

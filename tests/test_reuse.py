@@ -1,6 +1,8 @@
 """What is run again, and what is not."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -115,8 +117,15 @@ def test_databases_of_rows_may_have_changed():
     assert reuse.may_have_moved("prepare_data", values | {"database_column": "file"}, device="cpu")
 
 
+def test_a_value_that_is_not_given_counts_as_its_default():
+    assert not reuse.may_have_moved("prepare_data", {}, device="cpu")
+    assert reuse.may_have_moved("prepare_data", {}, device="a GPU")  # base_model=auto asks the hub there
+
+
 def test_the_kind_of_device_is_asked_without_loading_torch_here():
-    assert reuse.device_kind() == "cpu"
+    code = "import sys; from steps.text2sql import reuse; print(reuse.device_kind(), 'torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=reuse.PROJECT, capture_output=True, text=True)
+    assert printed.stdout.split() == [reuse.device_kind(), "False"]
 
 
 def test_a_dataset_made_again_has_the_very_bytes(store, tiny_base, tmp_path):

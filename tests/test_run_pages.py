@@ -27,7 +27,7 @@ def test_runs_can_be_found_by_their_base_and_dataset(chain, tiny_base):
     assert {run.info.run_id for run in steps} <= ids
 
 
-@pytest.mark.parametrize("typed", [[], ["--run-name", "mine"]])
+@pytest.mark.parametrize("typed", [[], ["--run-name", "mine"], ["--run-name=mine"]])
 def test_a_run_gets_the_name_of_its_step_unless_the_user_named_it(store, monkeypatch, typed):
     monkeypatch.setattr(run_page.processes, "users_command", lambda: ["mlflow", "run", ".", *typed])
     with mlflow.start_run(run_name="mine") as run:

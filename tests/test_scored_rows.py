@@ -1,6 +1,7 @@
 """Which rows an evaluation scores, and that another one can score exactly these."""
 
 import json
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -75,9 +76,10 @@ def test_rows_without_gold_are_an_error_that_names_them(tmp_path):
     rows[1]["answer"], rows[3]["answer"] = "", None
     message = refusal(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert message.startswith(
-        f"dataset={tmp_path / 'rows.jsonl'}: 2 of 5 rows cannot be scored (row 2: answer is"
+        f"dataset={tmp_path / 'rows.jsonl'}: 2 of 5 rows cannot be scored (row 1: answer is"
     )
-    assert "row 4: answer is missing" in message
+    assert "row 3: answer is missing" in message
+    assert "counted from 0); mend" in message
 
 
 def test_a_file_without_the_column_of_gold_is_an_error(tmp_path):
@@ -148,6 +150,13 @@ def test_files_of_one_name_stay_apart_where_letter_case_does_not_count(tmp_path)
     names = [str(make_database(tmp_path / folder / "x.sqlite", 1)) for folder in "ab"]
     names.append(str(make_database(tmp_path / "c" / "X.sqlite", 3)))
     assert len({path.lower() for path in databases.write(names, tmp_path, seed=0)}) == 3
+
+
+def test_a_file_whose_name_is_no_utf_8_gets_a_name_that_can_be_written(tmp_path):
+    file = make_database(tmp_path / os.fsdecode(b"caf\xe9 1.sqlite"), 1)
+    [path] = databases.write([str(file)], tmp_path, seed=0)
+    assert path == "databases/caf__1.sqlite"
+    assert (tmp_path / path).read_bytes() == file.read_bytes()
 
 
 def test_a_built_in_domain_gets_its_database(tmp_path):

@@ -35,7 +35,7 @@ def judge(predicted: str, *, gold: str = GOLD, database: Path | None, context: s
 
 def verdict(**scores: bool | str | None) -> Verdict:
     missed = dict.fromkeys(scoring.METRICS, False)
-    return Verdict(**{**missed, "execution_accuracy": None, "reason": "", "detail": "", **scores})
+    return Verdict(**{**missed, "reason": "", "detail": "", **scores})
 
 
 @pytest.mark.parametrize(
@@ -300,17 +300,6 @@ def test_failures_are_counted_by_reason_and_reasons_that_do_not_occur_count_noth
     assert found["base_failures/unknown_column"] == 2
     assert sum(found.values()) == 2
     assert set(found) == {f"base_{failures.metric_name(reason)}" for reason in failures.REASONS}
-
-
-def test_exact_match_is_the_headline_where_a_row_could_not_be_run():
-    assert scoring.headline(scoring.metrics([verdict(execution_accuracy=False)])) == "execution_accuracy"
-    assert scoring.headline(scoring.metrics([verdict()])) == "exact_match"
-
-
-def test_execution_accuracy_is_absent_where_one_row_could_not_be_run():
-    found = scoring.metrics([verdict(execution_accuracy=True, stopped=True), verdict(stopped=True)])
-    assert "execution_accuracy" not in found
-    assert found["stopped"] == 1.0
 
 
 def test_the_comparison_has_a_line_for_each_metric_base_first():

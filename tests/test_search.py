@@ -114,6 +114,20 @@ def test_a_trial_above_the_median_is_stopped_and_good_ones_are_not(search):
     assert found.best().number == 1
 
 
+@pytest.mark.parametrize(("steps", "validations"), [(90, 3), (4, 2), (1, 1)])
+def test_a_trial_is_not_stopped_at_its_last_validation(search, steps, validations):
+    stopped = []
+
+    def train(number, values, should_stop):
+        loss = 9.0 if number > UNSTOPPED_TRIALS else float(number)
+        found = [position for position in range(1, validations + 1) if should_stop(position, loss)]
+        stopped.append(found)
+        return loss
+
+    search(space=Space((1e-4, 1e-2), (4, 32), (steps, steps))).run(4, train)
+    assert stopped == [[]] * UNSTOPPED_TRIALS + [[*range(1, validations)]]
+
+
 def test_the_first_trials_are_never_stopped_but_for_a_loss_that_is_no_number(search):
     asked = []
 

@@ -169,6 +169,7 @@ def test_repair_mends_names_constants_and_open_texts(generated, repaired):
         "SELECT name FROM station WHERE name BETWEEN 1 AND 2 UNION SELECT Id FROM train",
         "SELECT ROUND(AVG(price__$_), 2) FROM station WHERE mascot IS NOT NULL;",
         "SELECT nonsense FROM elsewhere",  # nothing in the context is similar
+        "SELECT oid, _rowid_ FROM train ORDER BY rowid",
     ],
 )
 def test_repair_leaves_a_sound_query_as_it_is(sound):

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import mlflow
 import optuna
 import pytest
+from mlflow.exceptions import MlflowException
 
-from steps import sweep
+from steps import main, sweep
 from steps.text2sql import child_runs, reuse
 from steps.text2sql.command_line import parse_main, parse_sweep
 from steps.text2sql.errors import UserError
 from steps.text2sql.processes import Stopper
+from steps.text2sql.run_folder import run_folder
 from steps.text2sql.watcher import Watcher
 from tests.conftest import QUICK, defaults, words
 
@@ -219,6 +221,36 @@ def wait_until(holds):
     assert holds()
 
 
+def test_the_data_are_prepared_by_the_defaults_of_prepare_data(store, tmp_path, monkeypatch):
+    started = []
+
+    def start_step(step, values, *_):
+        started.append((step, values))
+        return mlflow.active_run()
+
+    monkeypatch.setattr(main.reuse, "device_kind", lambda: "cpu")
+    monkeypatch.setattr(main, "start_step", start_step)
+    with mlflow.start_run() as run:
+        assert sweep.prepare(call(tmp_path, **LIMITS)) == f"runs:/{run.info.run_id}/dataset"
+    assert started == [("prepare_data", {"seed": "42"})]
+
+
+def test_a_trial_that_diverged_leaves_nothing_on_the_disk(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def diverges(*_, **__):
+        with mlflow.start_run(nested=True, tags={"mlflow.project.entryPoint": "train"}) as run:
+            mlflow.log_metric("train_loss", float("nan"))
+        run_folder(run.info.run_id).mkdir(parents=True)
+        raise UserError("diverged")
+
+    monkeypatch.setattr(sweep, "run_step", diverges)
+    with mlflow.start_run():
+        values = {"learning_rate": "1", "lora_r": "4", "max_steps": "3"}
+        assert sweep.train(call(tmp_path), "runs:/a/dataset", 1, values, lambda *_: False) is None
+    assert list(run_folder("x").parent.iterdir()) == []
+
+
 @pytest.mark.parametrize(("loss", "diverged"), [(float("nan"), True), (float("inf"), True), (0.5, False)])
 def test_a_trial_whose_loss_is_no_number_does_not_end_the_sweep(store, loss, diverged):
     with mlflow.start_run() as run:
@@ -241,8 +273,26 @@ def test_the_watcher_asks_once_for_each_validation_and_stops_a_bad_training(stor
     assert asked == [(1, 4.0)]
     with watcher.watching(stopper):
         client.log_metric(child, "eval_loss", 6.0, step=20)
-        wait_until(lambda: watcher.has_stopped)
+        wait_until(lambda: stopper.stopped_by)
     assert asked == [(1, 4.0), (2, 6.0)]
     assert stopper.stopped_by == "stopped early"
     assert client.get_run(child).info.run_name == "trial 2"
     assert child_runs.newest_child(parent, "train") == watcher.child == child
+
+
+def test_a_store_that_is_busy_ends_no_watch(store, monkeypatch):
+    parent = mlflow.MlflowClient().create_run("0").info.run_id
+    watcher, stopper, curve = Watcher(parent, lambda *_: True, name="trial 1"), Stopped(), child_runs.curve
+    child = child_of(parent, 1)
+    mlflow.MlflowClient().log_metric(child, "eval_loss", 4.0)
+    busy = iter([True])
+
+    def look(*given):
+        if next(busy, False):
+            raise MlflowException("database is locked")
+        return curve(*given)
+
+    monkeypatch.setattr(child_runs, "curve", look)
+    with watcher.watching(stopper):
+        wait_until(lambda: stopper.stopped_by)
+    assert stopper.stopped_by == "stopped early"

@@ -14,15 +14,27 @@ from typing import Annotated
 import mlflow
 import pytest
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from pydantic import Field
 
-from steps.text2sql import active_run, artifacts, liveness, processes, project_source, run_log, step_run
+from steps import train
+from steps.text2sql import (
+    active_run,
+    artifacts,
+    command_line,
+    liveness,
+    processes,
+    project_source,
+    run_log,
+    step_run,
+)
 from steps.text2sql.artifacts import downloaded
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.model_versions import model_version
+from steps.text2sql.params import TrainParams
 from steps.text2sql.run_log import log_settings
 from steps.text2sql.step_run import run_in_run
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, defaults, words
 
 NO_FILES = '{"files": {}}'
 
@@ -240,11 +252,37 @@ def test_a_step_that_stopped_itself_after_a_signal_is_killed():
 
 
 @pytest.mark.usefixtures("store")
-def test_a_run_ends_even_if_its_reason_cannot_be_kept(monkeypatch):
+def test_a_run_ends_and_says_why_even_if_its_reason_cannot_be_kept(monkeypatch, caplog):
     monkeypatch.setattr(mlflow, "set_tags", lambda *_: (_ for _ in ()).throw(OSError("store is full")))
-    with pytest.raises(OSError, match="store is full"):
-        run_in_run(ends_with(UserError("no")))
+    assert exit_text(ends_with(UserError("no", "Type this."))) == "\nError: no\n\nType this."
     assert last_run().info.status == "FAILED"
+    assert "does not take the end of this run, FAILED: store is full" in caplog.text
+
+
+@pytest.mark.usefixtures("store")
+def test_a_stopped_training_says_how_to_go_on_though_the_store_is_away(monkeypatch):
+    def body():
+        def away(*_):
+            raise MlflowException("no connection")
+
+        monkeypatch.setattr(mlflow, "get_run", away)
+        values = defaults("train") | {"dataset_uri": "runs:/a/dataset", "lora_alpha": "32.0"}
+        raise Interrupted("SIGINT", train.how_to_go_on(command_line.parse(TrainParams, words(values))))
+
+    text = exit_text(body)
+    assert text.startswith("\nStopped by SIGINT.\n\nTo go on:\n  mlflow run ")
+    assert text.endswith(f"-P resume_from={mlflow.MlflowClient().search_runs(['0'])[0].info.run_id}")
+    assert "-P lora_alpha=32.0 " in text
+    assert text.count(" -P ") == 3  # dataset_uri too, no defaults: 0.0 is 0
+
+
+@pytest.mark.usefixtures("store")
+def test_a_users_setting_of_progress_bars_is_theirs_after_a_manifest_was_read(monkeypatch, run_with_files):
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    for given in ("false", None):
+        monkeypatch.setenv(name, given) if given else monkeypatch.delenv(name)
+        artifacts.digest_of(f"runs:/{run_with_files}/dataset")
+        assert os.environ.get(name) == given
 
 
 def test_a_run_that_mlflow_opened_is_taken_up_and_not_a_second_one(store, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from steps.text2sql import adapter, memory_plan, sql_model, trainer, training
+from steps.text2sql import adapter, memory_plan, sql_model, trainer, training, validations
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.training_speed import Speed
 from tests.recorded import Recorded
@@ -329,7 +329,7 @@ def test_validation_takes_few_rows_at_most_3_times(model, tokenizer, settings):
 
 @pytest.mark.parametrize(("steps", "rows"), [(3, 8), (30, 30), (64, 64), (500, 64)])
 def test_a_validation_has_an_eighth_of_the_rows_of_the_training_and_8_to_64(steps, rows):
-    assert training.evaluation_rows(steps=steps, batch_size=8) == rows
+    assert validations.rows(steps=steps, batch_size=8) == rows
 
 
 def test_a_validation_has_the_rows_that_are_asked_for_as_far_as_there_are(model, tokenizer, settings):

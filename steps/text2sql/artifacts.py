@@ -123,7 +123,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """
     try:
         return json.loads(_manifest_of(uri))
-    except (*UNREADABLE, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{uri}: cannot be read: {error}. {_artifacts_of(uri)}") from error
 
 
@@ -135,9 +135,12 @@ def digest_of(uri: str) -> str:
 
 
 def _manifest_of(uri: str) -> bytes:
+    before = MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.get_raw()
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)  # for a file of a few kilobytes
     try:
         with tempfile.TemporaryDirectory() as scratch:
             return download(f"{uri}/{manifest.FILE}", Path(scratch)).read_bytes()
     finally:
         MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.unset()
+        if before is not None:
+            MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(before)

@@ -38,7 +38,7 @@ def log(predictions: pandas.DataFrame, *, model_id: str | None) -> None:
         os.environ.setdefault(name, value)
     rows = predictions.head(MAX_ROWS).to_dict("records")
     verdicts = {(row["question"], row["context"]): row for row in rows}
-    judges = [_judge(name, verdicts) for name in VERDICTS if rows[0][name] is not None]
+    judges = [_judge(name, verdicts) for name in VERDICTS]
     data = [
         {
             "inputs": {"question": row["question"], "context": row["context"]},

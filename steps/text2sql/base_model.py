@@ -115,11 +115,17 @@ def skeleton(reference: str) -> PreTrainedModel:
         UserError: the configuration is of no causal language model of transformers.
     """
     with _as_user_error(reference), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_config(reference), trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config(reference), trust_remote_code=False)
 
 
-def _config(reference: str) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
+def config(reference: str) -> PreTrainedConfig:
+    """The base's configuration.
+
+    Raises:
+        UserError: there is none that transformers reads.
+    """
+    with _as_user_error(reference):
+        return AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
 
 
 @contextmanager
@@ -139,7 +145,7 @@ def check_length(reference: str, max_length: int) -> None:
         UserError: naming both.
     """
     with _as_user_error(reference):
-        positions = getattr(_config(reference), "max_position_embeddings", None)
+        positions = getattr(config(reference), "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UserError(
             f"max_length={max_length}: base_model={reference} reads {positions} tokens at most; give "

@@ -130,9 +130,13 @@ def copy(test: datasets.Dataset, folder: Path) -> datasets.Dataset:
     return place(test, folder, shutil.copyfile, name=_copied_name)
 
 
+def _stem(path: str) -> str:
+    """A file's name without its ending, in letters that every disk and every table takes."""
+    return re.sub(r"[^\w-]", "_", Path(path).stem, flags=re.ASCII)[:80]
+
+
 def _copied_name(path: str) -> str:
-    stem = re.sub(r"[^\w-]", "_", Path(path).stem, flags=re.ASCII)[:80]
-    return f"{stem}-{hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:12]}.sqlite"
+    return f"{_stem(path)}-{hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:12]}.sqlite"
 
 
 def write(names: Sequence[str | None], folder: Path, *, seed: int) -> list[str | None]:
@@ -155,9 +159,9 @@ def _file_names(names: Iterable[str]) -> dict[str, str]:
     """A file of its own for each name, though two folders may have files of one name."""
     found: dict[str, str] = {}
     for name in sorted(set(names)):
-        stem, number = Path(name).stem, 1
+        stem, number = _stem(name), 1
         while f"{FOLDER}/{stem}.sqlite".lower() in {file.lower() for file in found.values()}:
             number += 1
-            stem = f"{Path(name).stem}-{number}"
+            stem = f"{_stem(name)}-{number}"
         found[name] = f"{FOLDER}/{stem}.sqlite"
     return found

@@ -2,9 +2,9 @@
 
 import os
 import resource
+import sys
 import time
 
-import psutil
 import pynvml
 import torch
 
@@ -23,11 +23,6 @@ def describe_device() -> str:
     )
 
 
-def free_memory_bytes() -> int:
-    """Memory that can be had now: on the GPU, or what the system can give without swapping."""
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-
-
 def has_nvlink() -> bool:
     """Whether NVLink joins this process's GPU to others: several times as fast as PCI Express."""
     if not torch.cuda.is_available():
@@ -44,7 +39,8 @@ def peak_memory_gib() -> float:
     """Most memory held so far, in GiB: PyTorch's on the GPU, the resident set of this process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def operations_per_second() -> float:

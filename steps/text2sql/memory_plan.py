@@ -162,7 +162,12 @@ def make(
         is_open = not dequantize or (four_bit and may_dequantize)
         if is_open and tokens >= (wanted if is_choice else longest):
             most = MOST_TOKENS if micro_batch_tokens == "auto" else int(micro_batch_tokens)
-            return Plan(max(longest, min(tokens, most)), recompute, dequantize, _reason(free, recompute))
+            return Plan(
+                max(longest, min(tokens, most)),
+                recompute,
+                dequantize,
+                _reason(free, recompute, gradient_checkpointing),
+            )
     raise UserError(
         f"{free / 2**30:.1f} GiB of free memory do not hold the longest row of {longest} tokens in training; "
         "prepare the data with a smaller max_length, or give gradient_checkpointing=auto, a smaller lora_r "
@@ -195,8 +200,9 @@ def _unpacked_bytes(four_bit: int, shape: Shape) -> int:
     return int(four_bit * (shape.item - 0.516))
 
 
-def _reason(free: int, recompute: bool) -> str:
-    return f"{free / 2**30:.1f} GiB free" + (", short: activations are recomputed" if recompute else "")
+def _reason(free: int, recompute: bool, gradient_checkpointing: str) -> str:
+    why = "short" if gradient_checkpointing == "auto" else f"gradient_checkpointing={gradient_checkpointing}"
+    return f"{free / 2**30:.1f} GiB free" + (f", {why}: activations are recomputed" if recompute else "")
 
 
 def describe(plan: Plan, *, step_tokens: float, device: str) -> str:

@@ -13,20 +13,18 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from steps.text2sql import base_model
 from steps.text2sql.adapter import settings
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.model_card import FILE as CARD
-from steps.text2sql.sql_model import UNREADABLE, BaseModelError, encode_prompts, load_base, locate_base
+from steps.text2sql.sql_model import encode_prompts, load_base
 
 PROMPT_TEMPLATE = "prompt_template.txt"
 LICENSE = "LICENSE"
@@ -43,7 +41,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def choose_dtype(reference: str, dtype: str) -> torch.dtype:
     """The dtype that `dtype` names; `auto` is that of the base's own weights, or bfloat16."""
-    return DTYPES[dtype] if dtype != "auto" else _config(reference).dtype or torch.bfloat16
+    return DTYPES[dtype] if dtype != "auto" else base_model.config(reference).dtype or torch.bfloat16
 
 
 def check_mergeable(adapter: Path, reference: str) -> None:
@@ -54,7 +52,7 @@ def check_mergeable(adapter: Path, reference: str) -> None:
     """
     lora = settings(adapter)
     adapted = {name.split(".")[-1] for name in lora["target_modules"]}
-    if "lm_head" in adapted and _config(reference).tie_word_embeddings:
+    if "lm_head" in adapted and base_model.config(reference).tie_word_embeddings:
         raise UserError(
             f"base_model={reference}: its lm_head is tied to the embeddings and this adapter is on lm_head: "
             "merging would change the embeddings too. Train without lm_head in target_modules."
@@ -71,22 +69,14 @@ def check_disk(output: Path, reference: str, dtype: torch.dtype) -> None:
     Raises:
         UserError: naming what is needed and what there is.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(reference), trust_remote_code=False)
-    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    base = base_model.skeleton(reference)
+    weights = sum(parameter.numel() for parameter in base.parameters()) * dtype.itemsize
     needed, free = weights + OTHER_FILES_BYTES, shutil.disk_usage(output.parent).free
     if needed > free:
         raise UserError(
             f"output={output}: the merged model needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
             "are free there; give a folder on another disk."
         )
-
-
-def _config(reference: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(**locate_base(reference), trust_remote_code=False)
-    except UNREADABLE as error:
-        raise BaseModelError(f"base model {reference}: {error}") from error
 
 
 @contextmanager

@@ -25,4 +25,12 @@ def defaults(entry_point: str) -> dict[str, str]:
 def without_defaults(entry_point: str, values: Mapping[str, str]) -> dict[str, str]:
     """Values that say something else than the defaults do: what a person would type."""
     usual = defaults(entry_point)
-    return {name: value for name, value in values.items() if usual.get(name) != value}
+    return {name: value for name, value in values.items() if not _is_same(usual.get(name, ""), value)}
+
+
+def _is_same(text: str, other: str) -> bool:
+    """Whether two texts of a value say the same: 64 and 64.0 do."""
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text == other

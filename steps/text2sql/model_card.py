@@ -143,9 +143,7 @@ def _scores(scores: Mapping[str, Score], evaluated_rows: int, evaluation_run: st
 
 
 def _headline(scores: Mapping[str, Score]) -> str:
-    shares = {name: score.tuned for name, score in scores.items()}
-    metric = scoring.headline(shares)
-    return f"({metric} {shares[metric]:.1%})"
+    return f"({scoring.EXECUTION_ACCURACY} {scores[scoring.EXECUTION_ACCURACY].tuned:.1%})"
 
 
 def _list(*lines: str) -> str:

@@ -126,7 +126,7 @@ class Stopper:
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS, *, announce: bool = True) -> None:
         self.grace_seconds, self.announce = grace_seconds, announce
-        self.stopped_by = ""
+        self.stopped_by, self._has_heard = "", False
         self._known: set[psutil.Process] = set()
         self._kill, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -143,11 +143,12 @@ class Stopper:
                     self._thread.join()
 
     def _stop(self, number: int, _: Any) -> None:
-        if self._thread:
+        if self._has_heard:
             if number == signal.SIGINT:
                 self._kill.set()
             return
-        self.stop(signal.Signals(number).name)
+        self._has_heard, self.stopped_by = True, signal.Signals(number).name
+        self._begin()
         if self.announce:
             print(
                 f"\n{self.stopped_by}: stopping the running step; Ctrl-C once more ends it at once.",
@@ -155,9 +156,12 @@ class Stopper:
             )
 
     def stop(self, reason: str) -> None:
-        """Do, for another reason, what a signal would."""
+        """Do, for another reason, what a signal would; where one comes too, that is the reason."""
+        self.stopped_by = self.stopped_by or reason
+        self._begin()
+
+    def _begin(self) -> None:
         if not self._thread:
-            self.stopped_by = reason
             self._thread = threading.Thread(target=self._end_all)
             self._thread.start()
 

@@ -1,6 +1,8 @@
 """Where this project came from, as MLflow noted it: a folder, or a commit of a git URL."""
 
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
@@ -18,9 +20,19 @@ PROJECT = Path(__file__).parents[2]
 SOURCE_TAGS = (MLFLOW_SOURCE_NAME, MLFLOW_GIT_COMMIT, MLFLOW_GIT_BRANCH, MLFLOW_GIT_REPO_URL)
 
 
+@functools.cache
+def _tags(run: str) -> Mapping[str, str]:
+    return mlflow.get_run(run).data.tags
+
+
+def read() -> None:
+    """Read from this run all that is said here of the project: the store may be away when it is asked for."""
+    _tags(active_run.run_id())
+
+
 def uri() -> str:
     """What `mlflow run` takes to run this project again: the git URL it came from, or this folder."""
-    source = active_run.tags().get(MLFLOW_SOURCE_NAME, "")
+    source = _tags(active_run.run_id()).get(MLFLOW_SOURCE_NAME, "")
     return source if re.match(r"(https?|ssh|git)://|git@", source) else str(PROJECT)
 
 
@@ -31,12 +43,12 @@ def version() -> list[str]:
 
 def git_commit() -> str:
     """Commit of the project as MLflow noted it on this run; empty outside a git checkout."""
-    return active_run.tags().get(MLFLOW_GIT_COMMIT, "")
+    return _tags(active_run.run_id()).get(MLFLOW_GIT_COMMIT, "")
 
 
 def env_manager() -> str:
     """Environment manager that `mlflow run` was given for this run."""
-    return active_run.tags().get(MLFLOW_PROJECT_ENV, "local")
+    return _tags(active_run.run_id()).get(MLFLOW_PROJECT_ENV, "local")
 
 
 def take_source_of(parent: str) -> None:

@@ -21,14 +21,13 @@ def render(
     metrics: Mapping[str, float],
     predictions: pandas.DataFrame,
     picture: Figure,
-    headline: str,
 ) -> str:
     """HTML with the scores, the picture of the slices, the failures, ten right and ten wrong rows.
 
-    `predictions` as `evaluation.predictions` makes them; the metric `headline` says which rows are right. All
+    `predictions` as `evaluation.predictions` makes them; execution accuracy says which rows are right. All
     that comes from rows and models is escaped.
     """
-    is_right = predictions[headline].astype(bool)
+    is_right = predictions[scoring.EXECUTION_ACCURACY].astype(bool)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,

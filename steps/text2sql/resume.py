@@ -1,6 +1,7 @@
 """From which checkpoint of which run a training goes on."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,6 +65,13 @@ def can_go_on(run_id: str) -> bool:
     return any(map(is_whole, saved_in(run_folder(run_id)))) or any(
         artifacts.is_complete(run_id, path) for path in artifacts.listed(run_id, store_names.CHECKPOINTS)
     )
+
+
+def forget(run_id: str) -> None:
+    """Remove what is left on this machine of a training that another has ended, and of those before it."""
+    while run_id:
+        shutil.rmtree(run_folder(run_id), ignore_errors=True)
+        run_id = run_log.resumed_from(run_id)
 
 
 def newest_whole(run_id: str, scratch: Path) -> Path | None:

@@ -55,6 +55,7 @@ def may_have_moved(step: str, values: Mapping[str, str], *, device: str) -> bool
     """Whether only prepare_data can look up what a value names: a state of the hub, or rows' databases."""
     if step != "prepare_data":
         return False
+    values = mlproject.defaults(step) | dict(values)
     if values.get("database_column"):
         return True
     here = {"auto", "sample", "smollm2-135m"}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import mlflow
 from mlflow.data.dataset import Dataset
 from mlflow.entities import LoggedModelInput, Metric, Run
+from mlflow.exceptions import MlflowException
 
 from steps.text2sql.active_run import run_id
 from steps.text2sql.ranks import of_first_process
@@ -106,3 +107,11 @@ def note_resumed(run: str, step: int) -> None:
     """Say and keep which run's training this run goes on with, and after how many steps."""
     print(f"\nGoes on after step {step} of run {run}.", flush=True)
     mlflow.set_tags({TAG_RESUMED_FROM: run, TAG_RESUMED_STEP: step})
+
+
+def resumed_from(run: str) -> str:
+    """The run whose training a run went on with; empty for none, and where the store does not say."""
+    try:
+        return mlflow.get_run(run).data.tags.get(TAG_RESUMED_FROM, "")
+    except MlflowException:
+        return ""

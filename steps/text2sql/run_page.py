@@ -24,7 +24,8 @@ def address() -> tuple[str, str]:
 
 def name_run(name: str) -> None:
     """Name this run in the place of MLflow's random words; a name that the user or main gave it stays."""
-    if name and not is_chained() and "--run-name" not in processes.users_command():
+    is_given = any(word.split("=")[0] == "--run-name" for word in processes.users_command())
+    if name and not is_chained() and not is_given:
         rename(run_id(), name)
 
 

@@ -810,5 +810,5 @@ def _literal(value: Value) -> str:
 
 
 def _rounded(value: Value) -> float:
-    """Two significant digits, as people name limits: 1834 is 1800, 17.35 is 17; years stay."""
+    """Two significant digits, as people name limits: 2834 is 2800, 17.35 is 17; years and less stay."""
     return value if isinstance(value, int) and value < 2100 else float(f"{value:.2g}")

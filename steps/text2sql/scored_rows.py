@@ -55,10 +55,10 @@ def of_dataset(source: dataset.DatasetSource, trained_on: DatasetManifest) -> pa
     problem = f"dataset={source.location}"
     incomplete = reasons[reasons.str.contains(dataset.INCOMPLETE, regex=False)]
     if len(incomplete):
-        some = "; ".join(f"row {row + 1}: {reason}" for row, reason in incomplete.head(5).items())
+        some = "; ".join(f"row {row}: {reason}" for row, reason in incomplete.head(5).items())
         raise UserError(
-            f"{problem}: {len(incomplete)} of {len(rows)} rows cannot be scored ({some}); "
-            "mend or remove them."
+            f"{problem}: {len(incomplete)} of {len(rows)} rows cannot be scored ({some}; "
+            "counted from 0); mend or remove them."
         )
     if kept.empty:
         raise UserError(f"{problem}: no row is left to score; the first: {reasons.iloc[0]}.")

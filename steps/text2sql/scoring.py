@@ -49,7 +49,7 @@ class Verdict:
     exact_match: bool
     exact_match_case: bool
     valid_sql: bool
-    execution_accuracy: bool | None
+    execution_accuracy: bool
     stopped: bool
     reason: str
     detail: str
@@ -118,8 +118,9 @@ def execution_difference(
     return "" if any(answer.length for answer in answers) else "gold: returns no row on any made database"
 
 
-# The rows of one evaluation, so that base and tuned model share the work; about 0.1 MB each.
-@functools.lru_cache(maxsize=256)
+# The rows of one evaluation, so that base and tuned model, judged one after the other, share the work; about
+# 0.1 MB each.
+@functools.lru_cache(maxsize=2048)
 def _gold_answers(
     context: str, gold: str, timeout_seconds: float, seed: int
 ) -> tuple[tuple[Answer, ...], bool]:
@@ -166,22 +167,13 @@ def judge(
 
 
 def metrics(verdicts: Sequence[Verdict], *, prefix: str = "") -> dict[str, float]:
-    """Shares of all rows, 0 to 1, by name, each with `_low` and `_high`, the bounds of its 95 % interval.
-
-    Execution accuracy is there only where every row could be run.
-    """
+    """Shares of all rows, 0 to 1, by name, each with `_low` and `_high`, the bounds of its 95 % interval."""
     found: dict[str, float] = {}
     for name in METRICS:
         values = [getattr(verdict, name) for verdict in verdicts]
-        if None not in values:
-            low, high = wilson_interval(sum(values), len(values))
-            found |= {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
+        low, high = wilson_interval(sum(values), len(values))
+        found |= {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
     return {prefix + name: value for name, value in found.items()}
-
-
-def headline(found: Mapping[str, float]) -> str:
-    """The metric that says which rows are right: execution accuracy, or exact match where it is missing."""
-    return EXECUTION_ACCURACY if EXECUTION_ACCURACY in found else "exact_match"
 
 
 def summary(found: Mapping[str, float], name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from steps.text2sql import validations
 from steps.text2sql.errors import UserError
 
 # So many trials end before others are measured by them.
@@ -113,7 +114,8 @@ class Search:
 
         def should_stop(position: int, loss: float) -> bool:
             trial.report(loss, position)
-            return not math.isfinite(loss) or trial.should_prune()
+            is_last = position >= validations.count(int(values["max_steps"]))  # nothing is left to save
+            return not math.isfinite(loss) or (not is_last and trial.should_prune())
 
         try:
             loss = train(len(self.done()) + 1, values, should_stop)

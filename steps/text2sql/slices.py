@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import pandas
-import sqlglot
 from sqlglot import exp
-from sqlglot.errors import SqlglotError
 
+from steps.text2sql.gold_query import parse_query
 from steps.text2sql.scoring import wilson_interval
 
 DIMENSIONS = ("hardness", "tables", "joins", "aggregates", "conditions", "nesting")
@@ -28,10 +27,7 @@ def describe(gold: str) -> dict[str, str]:
     aggregates: their calls; conditions: comparisons and the like in WHERE and HAVING, of subqueries too;
     nesting: nested where it has a second SELECT; hardness: as `hardness`.
     """
-    try:
-        query = sqlglot.parse_one(gold, read="sqlite")
-    except (SqlglotError, RecursionError):
-        query = None
+    query = parse_query(gold)
     if not isinstance(query, exp.Query):
         return dict.fromkeys(DIMENSIONS, UNKNOWN)
     defined = {cte.alias_or_name.lower() for cte in query.find_all(exp.CTE)}

@@ -163,6 +163,8 @@ SQL_WORDS = frozenset(
         """,
     )
 )
+# Columns that every table of SQLite has.
+ROW_IDS = frozenset({"rowid", "oid", "_rowid_"})
 # What a comparison's right side ends before; and before what it ends if it is a sound value so far, since
 # these are also words of texts.
 CLAUSES = "and|or|group|order|having|limit|intersect|union|except|where|on|as"
@@ -204,12 +206,12 @@ def repair_sql(sql: str, context: str) -> str:
     A text in double quotes that does not end is closed, a constant that is no number is quoted (`= 18%`),
     and an unknown name becomes the most similar one of the context. Nothing is executed, and a query that is
     sound is to stay as it is; what is known to be changed all the same is the name of a comparison that is
-    selected, without AS and before a comma (`SELECT a > 5 b, c`).
+    selected, without AS and before a comma (`SELECT a > 5 b, c`), and columns of SQLite's own tables.
     """
     of_context = {token[2].lower(): token[2] for token in SQL_TOKEN.finditer(context) if token[2]}
     names = {word: name for word, name in of_context.items() if word not in SQL_WORDS | {"create", "table"}}
     sql = _with_words_apart(_with_texts_closed(sql), names)
-    known = SQL_WORDS | of_context.keys() | _made_names(sql, MADE_NAMES)
+    known = SQL_WORDS | ROW_IDS | of_context.keys() | _made_names(sql, MADE_NAMES)
     sql = COMPARED.sub(functools.partial(_quoted, known=known), sql)
     return "".join(
         _with_known_name(token, known, names) if token[2] else token[0] for token in SQL_TOKEN.finditer(sql)

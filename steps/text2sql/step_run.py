@@ -23,6 +23,7 @@ from steps.text2sql.store_names import TAG_FAILURE, TAG_FINGERPRINT, TAG_STOPPED
 # main tells a step its fingerprint so that the run has it from its start, however it ends.
 FINGERPRINT_VARIABLE = "TEXT2SQL_FINGERPRINT"
 Params = TypeVar("Params")
+logger = logging.getLogger(__name__)
 
 
 def run_step(
@@ -106,15 +107,19 @@ def begin() -> None:
         raise Interrupted("the end of main")
     else:
         project_source.take_source_of(parent)
+    project_source.read()
 
 
 def _end(status: str, tag: str, reason: str) -> None:
+    """Write a run's end; a store that does not take it is said, and hides neither reason nor way on."""
     reason = reason.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
+    tags = {tag: reason[:5000], MLFLOW_RUN_NOTE: f"{status}: {reason[:5000]}"}
     with processes.held_signals():  # the run has its end already
-        try:
-            mlflow.set_tags({tag: reason[:5000], MLFLOW_RUN_NOTE: f"{status}: {reason[:5000]}"})
-        finally:
-            mlflow.end_run(status)
+        for write in (lambda: mlflow.set_tags(tags), lambda: mlflow.end_run(status)):
+            try:
+                write()
+            except Exception as error:  # whatever a store raises
+                logger.error("\nThe store does not take the end of this run, %s: %s", status, error)
 
 
 def _way_on(error: BaseException) -> str:
@@ -136,6 +141,7 @@ def _run_and_tell(body: Callable[[], None], user_errors: tuple[type[Exception], 
     try:
         if ranks.is_first():
             mlflow.start_run()
+            project_source.read()
         else:
             ranks.be_silent()
         body()
@@ -177,7 +183,6 @@ def _quiet() -> None:
         "alembic",
         "mlflow.projects",
         "mlflow.system_metrics",
-        "bitsandbytes.backends.cpu.ops",
         "mlflow.store.db.utils",
         "matplotlib",
     ):

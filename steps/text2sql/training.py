@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainingArguments
 
-from steps.text2sql import adapter, collectives, packed_attention
+from steps.text2sql import adapter, collectives, packed_attention, validations
 from steps.text2sql.checkpoints import Checkpoints, spread_random_state
 from steps.text2sql.device import peak_memory_gib
 from steps.text2sql.errors import UserError
@@ -22,8 +22,6 @@ from steps.text2sql.tokenization import lengths
 from steps.text2sql.trainer import PackedTrainer
 from steps.text2sql.training_speed import Speed, operations_per_token
 
-EVALUATIONS = 3
-EVALUATION_ROWS = 64
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -64,11 +62,6 @@ def total_steps(*, rows: int, batch_size: int, max_steps: int, num_train_epochs:
     return max_steps if max_steps > 0 else math.ceil(math.ceil(rows / batch_size) * num_train_epochs)
 
 
-def evaluation_rows(*, steps: int, batch_size: int) -> int:
-    """Rows of a validation: 64, or in short trainings so few that validating costs less than training."""
-    return min(EVALUATION_ROWS, max(8, steps * batch_size // 8))
-
-
 def arguments(
     output: Path, *, steps: int, batch_size: int, recompute: bool, has_dropout: bool = False, **named: Any
 ) -> TrainingArguments:
@@ -85,7 +78,7 @@ def arguments(
         use_cpu=device == "cpu",
         **precision[str(dtype).removeprefix("torch.")],
         eval_strategy="steps",
-        eval_steps=math.ceil(steps / EVALUATIONS),
+        eval_steps=validations.interval(steps),
         logging_first_step=True,
         save_strategy="no",  # its checkpoints hold pickles; see checkpoints.py
         report_to=[],  # its MLflow callback drops parameters; see Reporter
@@ -179,7 +172,7 @@ def validation_rows(
     """Rows of a validation in this training, or None if there are none."""
     count = given
     if given == "auto":
-        count = evaluation_rows(steps=settings.max_steps, batch_size=settings.train_batch_size)
+        count = validations.rows(steps=settings.max_steps, batch_size=settings.train_batch_size)
     rows = data["validation"].select_columns(["input_ids", "labels"])
     return rows.select(range(min(count, len(rows)))) if len(rows) else None
 
@@ -212,7 +205,7 @@ def train(
     """Train the adapter on `data["train"]`; the mean loss of an answer token comes back.
 
     `replay` records CUDA graphs: see `Gradients`. Without an `optimizer` it is the one of the settings.
-    `evaluated` are the rows of a validation: see `evaluation_rows`.
+    `evaluated` are the rows of a validation: see `validations.rows`.
     """
     rows = data["train"].select_columns(["input_ids", "labels"])
     validation = validation_rows(data, settings, evaluated)

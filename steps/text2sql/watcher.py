@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from steps.text2sql import child_runs, store_names
 from steps.text2sql.processes import Stopper
@@ -20,7 +20,7 @@ class Watcher:
 
     def __init__(self, parent: str, should_stop: ShouldStop, *, name: str) -> None:
         self.parent, self.should_stop, self.name = parent, should_stop, name
-        self.child, self.has_stopped = "", False
+        self.child = ""
         self._before = child_runs.newest_child(parent, "train")
         self._seen = 0
 
@@ -37,10 +37,11 @@ class Watcher:
             thread.join()
 
     def _watch(self, stopper: Stopper, over: threading.Event) -> None:
-        while not over.wait(POLL_SECONDS) and not self.has_stopped:
-            if self.look():
-                self.has_stopped = True
-                stopper.stop(STOPPED_EARLY)
+        while not over.wait(POLL_SECONDS):
+            with suppress(Exception):  # of a store that is busy or away: what is new is seen next time
+                if self.look():
+                    stopper.stop(STOPPED_EARLY)
+                    return
 
     def look(self) -> bool:
         """Whether the training should stop, by what it has logged since the last look."""
