@@ -50,11 +50,11 @@ def main(params: EvaluateParams) -> None:
         artifacts.downloaded(uri, parameter="model_uri", needs=packaging.MLMODEL_FILE_NAME) as package,
         artifacts.logged_folder(store_names.ROWS) as folder,
     ):
-        described = packaging.read_manifest(package, source=source)
+        described, model_id = packaging.read_manifest(package, source=source), packaging.model_id(package)
+        packaging.check_logged(model_id, source=source)
         rows = gather(params, described.of_dataset, folder)
         answers = generate(packaging.load(package, source=source), rows, batch_size=params.eval_batch_size)
         verdicts, unrepaired = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
-        model_id = packaging.model_id(package)
         lora = adapter.settings(package / transformers_flavor.ADAPTER)
     run_log.tag_data(base_model=described.of_dataset.base_model, dataset=described.of_dataset.dataset)
     metrics = keep(version, model_id, rows, answers, verdicts, unrepaired)
@@ -82,6 +82,7 @@ def generate(model: SQLModel, rows: pandas.DataFrame, *, batch_size: int | Auto)
         batch_size = evaluation.find_batch_size(model, rows, max_new_tokens=budget, free=free)
         run_log.log_choices(eval_batch_size=f"{batch_size} rows (auto: by free memory)")
     mlflow.log_param("max_new_tokens", budget)
+    run_log.log_choices(max_new_tokens=f"{budget} for each answer (by the longest gold answer)")
     return {
         prefix: evaluation.answer(
             model, rows, adapter=prefix == TUNED, max_new_tokens=budget, batch_size=batch_size

@@ -6,6 +6,7 @@ from functools import partial
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.models.model import MLMODEL_FILE_NAME
 
 from steps.text2sql import (
     active_run,
@@ -20,6 +21,7 @@ from steps.text2sql import (
     store_names,
     training_rows,
 )
+from steps.text2sql.errors import UserError
 from steps.text2sql.gate import Decision, Evaluation, Row
 from steps.text2sql.params import PromoteParams
 
@@ -31,6 +33,7 @@ def main(params: PromoteParams) -> None:
     version = model_versions.model_version(params.registered_model_name, params.version)
     judge: Judge = by_hand
     if params.evaluation_run_id:
+        check_package(version)
         judge = partial(by_scores, params, version, evaluation_run.read(params.evaluation_run_id, version))
     champion = promotions.champion(version.name)
     decision = decide(judge, version, champion)
@@ -39,6 +42,15 @@ def main(params: PromoteParams) -> None:
         champion = promotions.champion(version.name)
         decision = decide(judge, version, champion)
     show(decision, version)
+
+
+def check_package(version: ModelVersion) -> None:
+    """Refuse a version whose package is not in the store any more."""
+    uri = f"models:/{version.name}/{version.version}"
+    if MLMODEL_FILE_NAME not in {found.path for found in mlflow.artifacts.list_artifacts(uri)}:
+        raise UserError(
+            f"version={version.version}: the package of {uri} is gone; register the adapter again."
+        )
 
 
 def decide(judge: Judge, version: ModelVersion, champion: ModelVersion | None) -> Decision:
@@ -78,7 +90,7 @@ def trained_on(version: ModelVersion, evaluation: Evaluation) -> set[Row]:
     with artifacts.downloaded(
         f"{uri}/{store_names.TRAINING_ROWS}", parameter="version", needs=training_rows.FILE
     ) as folder:
-        hashes = training_rows.read(folder)
+        hashes = training_rows.read(folder, source=uri)
     return {row for row in evaluation.tuned if training_rows.row_hash(*row[:2]) in hashes}
 
 

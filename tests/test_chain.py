@@ -342,7 +342,7 @@ def test_the_package_says_which_rows_it_was_trained_on_and_no_others(chain, pack
         name: {training_rows.row_hash(row["question"], row["context"]) for row in splits[name]}
         for name in splits
     }
-    known = training_rows.read(package / "training_rows")
+    known = training_rows.read(package / "training_rows", source="")
     assert known == hashes["train"] | hashes["validation"]
     assert known & hashes["test"] == set()
 

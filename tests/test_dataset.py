@@ -355,6 +355,13 @@ def test_a_column_of_categories_may_have_gaps():
     assert rejected.tolist() == ["context is missing, empty or not text"]
 
 
+def test_a_column_of_categories_may_have_one_value_alone():
+    rows = frame(("q", "c", "a"), ("r", "c", "b")).astype({"context": "category"})
+    kept, reasons = dataset.check(rows)
+    assert list(kept["context"]) == ["c", "c"]
+    assert reasons.empty
+
+
 def test_one_column_for_two_things_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f"{HEADER}\nq,c,a\n")

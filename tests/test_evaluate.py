@@ -10,6 +10,7 @@ import pandas
 import pytest
 import torch
 from mlflow.artifacts import download_artifacts, load_dict, load_text
+from mlflow.exceptions import MlflowException
 from transformers import LlamaConfig
 
 from steps.text2sql import evaluation, manifest, packaging, sql_model
@@ -136,6 +137,31 @@ def test_a_batch_has_at_least_one_row_and_is_bounded(chain, free, expected):
     model = packaging.load(Path(download_artifacts("models:/text2sql/1")), source="")
     rows = pandas.DataFrame(plain_rows(3))
     assert evaluation.find_batch_size(model, rows, max_new_tokens=8, free=free) == expected
+
+
+def test_a_row_that_the_model_cannot_read_makes_no_smaller_batches(chain):
+    model = packaging.load(Path(download_artifacts("models:/text2sql/1")), source="")
+    rows = pandas.DataFrame(plain_rows(3))
+    needed = evaluation.find_batch_size(model, rows, max_new_tokens=8, free=40_000_000)
+    assert 1 < needed < evaluation.MAX_BATCH_SIZE["cpu"]
+    rows.loc[0, "question"] = "farms " * 10_000
+    assert evaluation.find_batch_size(model, rows, max_new_tokens=8, free=40_000_000) == needed
+
+
+def test_an_enormous_gold_asks_for_no_more_tokens_than_are_ever_served(tiny_base):
+    tokenizer = sql_model.load_base_tokenizer(str(tiny_base))
+    assert evaluation.token_budget(tokenizer, ["SELECT 1"]) < 40
+    assert evaluation.token_budget(tokenizer, ["SELECT 1", "x " * 10_000]) == sql_model.MAX_NEW_TOKENS
+
+
+def test_a_version_whose_logged_model_was_deleted_is_refused_before_any_work(chain, monkeypatch):
+    def gone(model_id):
+        raise MlflowException(f"Logged model with ID '{model_id}' not found.")
+
+    monkeypatch.setattr(mlflow, "get_logged_model", gone)
+    monkeypatch.setattr(packaging, "load", lambda *_, **__: pytest.fail("loaded"))
+    message, _ = failure("evaluate", model_uri="models:/text2sql/1", dataset_uri=chain.dataset_uri)
+    assert "model_uri=models:/text2sql/1: its logged model is gone: Logged model with ID 'm-" in message
 
 
 @pytest.fixture

@@ -162,6 +162,7 @@ def test_all_problems_come_in_one_message_a_line_each():
         ("evaluate", "eval_batch_size", "0", "'auto' or greater than or equal to 1"),
         ("evaluate", "eval_batch_size", "many", "'auto' or a valid integer"),
         ("evaluate", "query_timeout_seconds", "0", "greater than 0"),
+        ("evaluate", "query_timeout_seconds", "3e6", "less than or equal to 86400"),
         ("promote", "version", "0", "greater than or equal to 1"),
         ("promote", "version", "latest", "valid integer"),
         ("promote", "min_execution_accuracy", "1.1", "less than or equal to 1"),

@@ -63,7 +63,8 @@ def new_version(store, tmp_path):
 
     def make(seen=()):
         with mlflow.start_run() as run:
-            training_rows.write(training_rows.hashes(row(i)[:2] for i in seen), tmp_path)
+            training_rows.write(training_rows.hashes(row(i)[:2] for i in (*seen, 10**6)), tmp_path)
+            mlflow.log_text("", "model/MLmodel")
             mlflow.log_artifact(tmp_path / training_rows.FILE, "model/training_rows")
         return int(client.create_model_version(MODEL, f"runs:/{run.info.run_id}/model").version)
 
@@ -247,6 +248,7 @@ def test_fewer_than_thirty_unseen_rows_promote_nothing(scored, who):
 
 def test_a_version_that_does_not_say_what_it_has_seen_leaves_no_rows_out(scored, capsys):
     version, run = scored("1" * 3)
+    mlflow.MlflowClient().log_text(run, "", "none/MLmodel")
     other = mlflow.MlflowClient().create_model_version(MODEL, f"runs:/{run}/none").version
     with mlflow.start_run() as active:
         log_evaluation(other, table("111"))
@@ -436,6 +438,28 @@ def test_a_champion_that_was_deleted_leaves_a_chain_without_gaps(scored):
 def test_a_run_that_does_not_exist_is_named(scored):
     promoted(scored("0" * 40))
     assert f"evaluation_run_id={NO_RUN}: " in refused(version=1, evaluation_run_id=NO_RUN)
+
+
+def test_a_version_whose_package_is_gone_is_refused(scored):
+    version, run_id = scored("1" * 40)
+    shutil.rmtree(artifacts_of(version))
+    message, _ = failure("promote", version=version, evaluation_run_id=run_id)
+    assert f"version={version}: the package of models:/{MODEL}/{version} is gone" in message
+    assert "champion" not in mlflow.MlflowClient().get_registered_model(MODEL).aliases
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"all of them\n"])
+def test_a_version_whose_training_rows_are_garbled_is_refused(scored, text):
+    version, run_id = scored("1" * 40)
+    (artifacts_of(version) / "training_rows" / training_rows.FILE).write_bytes(text)
+    message, _ = failure("promote", version=version, evaluation_run_id=run_id)
+    assert f"models:/{MODEL}/{version}: its hashes.txt has no hashes of training rows" in message
+
+
+def artifacts_of(version):
+    """Folder of a version's package."""
+    source = mlflow.MlflowClient().get_model_version(MODEL, str(version)).source
+    return Path(mlflow.artifacts.download_artifacts(source))
 
 
 def test_an_evaluation_of_another_version_is_refused(scored):

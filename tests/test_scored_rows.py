@@ -84,7 +84,14 @@ def test_rows_without_gold_are_an_error_that_names_them(tmp_path):
 
 def test_a_file_without_the_column_of_gold_is_an_error(tmp_path):
     rows = [{"question": "q", "context": "c"}]
-    assert "lacks the columns answer" in refusal(write_jsonl(tmp_path / "rows.jsonl", rows))
+    message = refusal(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert "lacks the columns answer; found: question, context. Rename yours in the file." in message
+
+
+def test_a_database_that_is_not_there_is_named_by_its_column(tmp_path):
+    rows = [row | {"database": "no.sqlite"} for row in plain_rows(2)]
+    message = refusal(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert f"dataset={tmp_path / 'rows.jsonl'}, column database: " in message
 
 
 def test_rows_that_all_contradict_each_other_leave_nothing_to_score(tmp_path):
@@ -115,7 +122,7 @@ def test_databases_are_found_beside_the_file_and_by_absolute_path(tmp_path):
 def test_databases_that_do_not_exist_are_one_error(tmp_path):
     rows = [row | {"database": f"db/{i % 2}.sqlite"} for i, row in enumerate(plain_rows(4))]
     message = refusal(write_jsonl(tmp_path / "rows.jsonl", rows))
-    assert f"database_column=database: row 0: {tmp_path}/db/0.sqlite is no file; " in message
+    assert f"column database: row 0: {tmp_path}/db/0.sqlite is no file; " in message
     assert message.count(".sqlite is no file") == 4
 
 

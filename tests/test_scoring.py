@@ -237,7 +237,7 @@ def test_a_broken_context_makes_the_prediction_invalid_and_keeps_the_match_of_it
 
 def test_gold_that_fails_or_returns_nothing_is_the_rows_fault():
     empty = f"{GOLD} AND 1 = 2"
-    for gold, predicted in [("SELECT height FROM singer", GOLD), (empty, empty)]:
+    for gold, predicted in [("SELECT height FROM singer", GOLD), (empty, f"{GOLD} AND 2 = 3")]:
         found = judge(predicted, gold=gold, database=None)
         assert (found.execution_accuracy, found.reason) == (False, "cannot be judged")
 
@@ -281,6 +281,25 @@ def test_the_interval_is_wilsons():
     low, high = scoring.wilson_interval(8, 10)
     assert low == pytest.approx((middle - width) / (1 + z**2 / 10), abs=1e-6)
     assert high == pytest.approx((middle + width) / (1 + z**2 / 10), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "gold", ["SELECT n FROM t WHERE length(n) > 10", "SELECT n FROM t GROUP BY n HAVING COUNT(*) > 100"]
+)
+def test_where_no_made_database_shows_a_row_of_gold_only_golds_own_text_is_right(gold):
+    judged = [
+        scoring.judge(
+            context="CREATE TABLE t (n TEXT)",
+            gold=gold,
+            predicted=text,
+            stopped=True,
+            database=None,
+            timeout_seconds=5,
+        )
+        for text in (f"{gold} ;", gold.replace("10", "11"))
+    ]
+    assert [one.execution_accuracy for one in judged] == [True, False]
+    assert judged[1].detail == "gold: returns no row on any made database"
 
 
 @pytest.mark.parametrize("right", [0, 7])

@@ -86,7 +86,7 @@ def test_a_constant_in_double_quotes_changes_no_slice(gold):
     assert slices.describe(gold.format(q='"')) == slices.describe(gold.format(q="'"))
 
 
-@pytest.mark.parametrize("gold", ["", "SELECT FROM WHERE", "DROP TABLE t", "(" * 2000])
+@pytest.mark.parametrize("gold", ["", "SELECT FROM WHERE", "DROP TABLE t", "(VALUES (1))", "(" * 2000])
 def test_what_is_no_query_is_unknown_in_every_dimension(gold):
     assert slices.describe(gold) == dict.fromkeys(slices.DIMENSIONS, "unknown")
 

@@ -176,6 +176,23 @@ def test_repair_leaves_a_sound_query_as_it_is(sound):
     assert sql_model.repair_sql(sound, CONTEXT) == sound
 
 
+@pytest.mark.parametrize("quotes", ['""', "[]", "``"])
+def test_names_in_quotes_are_names_of_the_context(quotes):
+    left, right = quotes
+    context = (
+        "CREATE TABLE <Artist> (<ArtistId> INT, <reference> TEXT);"
+        "CREATE TABLE <Album> (<ArtistId> INT REFERENCES <Artist>(<ArtistId>), <Order Details> TEXT)"
+    )
+    context = context.replace("<", left).replace(">", right)
+    for sound in (
+        "SELECT reference FROM Artist",
+        "SELECT 1 FROM Artist JOIN Album ON Artist.ArtistId = Album.ArtistId LEFT OUTER JOIN Artist a ON 1",
+        "SELECT CASE WHEN a.ArtistId = b.ArtistId THEN 1 END FROM Album AS a JOIN Artist AS b",
+    ):
+        assert sql_model.repair_sql(sound, context) == sound
+    assert sql_model.repair_sql("SELECT ArtistId FROM Albums", context) == "SELECT ArtistId FROM Album"
+
+
 SHOP = """CREATE TABLE heads (id INTEGER, name TEXT, age INTEGER, y INTEGER, dept_id INTEGER, price REAL);
 CREATE TABLE dept (id INTEGER, title TEXT)"""
 
@@ -250,6 +267,19 @@ def test_repair_changes_no_built_in_answer():
     changed = [row for row in rows if sql_model.repair_sql(row["answer"], row["context"]) != row["answer"]]
     assert len(rows) > 1000
     assert changed == []
+
+
+@pytest.mark.parametrize("params", [None, {}, {"max_new_tokens": None}])
+def test_a_request_without_a_limit_gets_the_usual_one(params):
+    asked = []
+
+    class Asked(sql_model.SQLModel):
+        def answer(self, rows, **settings):
+            asked.append(settings["max_new_tokens"])
+            yield {0: sql_model.Generated("SELECT 1", True)}
+
+    Asked().predict(None, pandas.DataFrame([{"question": "q", "context": CONTEXT}]), params)
+    assert asked == [sql_model.USUAL_NEW_TOKENS]
 
 
 def test_what_is_served_is_repaired_unless_a_request_says_no():
@@ -545,11 +575,20 @@ def test_a_process_that_converted_first_is_no_error(cache, monkeypatch):
     [
         ("owner/name@0123abc", {"pretrained_model_name_or_path": "owner/name", "revision": "0123abc"}),
         ("owner/name", {"pretrained_model_name_or_path": "owner/name"}),
-        ("/models/a@b", {"pretrained_model_name_or_path": "/models/a@b"}),
     ],
 )
-def test_a_reference_names_a_commit_or_a_directory(reference, located):
+def test_a_reference_names_a_commit(reference, located):
     assert sql_model.locate_base(reference) == located
+
+
+def test_a_reference_names_a_folder_that_must_be_there(tmp_path):
+    folder = str(tmp_path / "a@b")
+    with pytest.raises(
+        sql_model.BaseModelError, match="a@b: there is no such folder on this machine"
+    ):
+        sql_model.locate_base(folder)
+    (tmp_path / "a@b").mkdir()
+    assert sql_model.locate_base(folder) == {"pretrained_model_name_or_path": folder}
 
 
 def test_the_embedded_base_is_located_in_the_cache(cache, monkeypatch):

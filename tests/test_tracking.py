@@ -102,6 +102,16 @@ def run_with_files(store: str) -> str:
     return run.info.run_id
 
 
+@pytest.mark.parametrize("location", ["s3://no-client/x", "file:///proc/nope", "mlflow-artifacts:/1"])
+def test_an_artifact_location_that_cannot_be_written_is_said_before_any_work(store, monkeypatch, location):
+    elsewhere = mlflow.create_experiment("elsewhere", artifact_location=location)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", elsewhere)
+    text = exit_text(lambda: pytest.fail("worked"))
+    assert text.startswith(f"\nError: the artifact location {location}")
+    assert "cannot be used: " in text
+    assert last_run().info.status == "FAILED"
+
+
 # --- ends
 
 

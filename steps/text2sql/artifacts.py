@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from steps.text2sql import manifest
 from steps.text2sql.errors import UserError
@@ -21,6 +23,25 @@ from steps.text2sql.model_versions import model_version
 # What fetching an artifact raises; ImportError where the client of a store is not installed, ValueError for a
 # URI that MLflow does not take apart.
 UNREADABLE = (MlflowException, OSError, ImportError, ValueError)
+
+
+def check_location() -> None:
+    """See that this run's artifacts can be written, as far as that can be told without writing one.
+
+    Raises:
+        UserError: they cannot: a folder that cannot be made, a client that is not installed, no access.
+    """
+    uri = mlflow.get_artifact_uri()
+    try:
+        get_artifact_repository(uri).list_artifacts()
+        if urlsplit(uri).scheme in ("", "file"):
+            Path(local_file_uri_to_path(uri)).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=local_file_uri_to_path(uri)).close()
+    except UNREADABLE as error:
+        raise UserError(
+            f"the artifact location {uri} cannot be used: {error}; install its client in this environment, "
+            "give a server that passes artifacts on, or take an experiment with another location."
+        ) from error
 
 
 @contextmanager

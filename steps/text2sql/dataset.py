@@ -35,7 +35,8 @@ csv.field_size_limit(2**31 - 1)
 class Columns(NamedTuple):
     """The user's names for the columns of `COLUMNS`, and of the one with SQLite files; empty: none.
 
-    With `database_is_optional` rows without that column are sound too.
+    With `database_is_optional` rows without that column are sound too; where the names `are_fixed`, no
+    parameter of the step gives others.
     """
 
     question: str
@@ -43,6 +44,7 @@ class Columns(NamedTuple):
     answer: str
     database: str
     database_is_optional: bool = False
+    are_fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def read_file(path: Path, *, columns: Columns, parameter: str) -> pandas.DataFra
     rows = _select(_parse(path, problem), columns, problem)
     if DATABASE in rows:
         rows[DATABASE] = databases.absolute(
-            rows[DATABASE], path.parent, problem=f"{problem}, database_column={columns.database}"
+            rows[DATABASE],
+            path.parent,
+            problem=f"{problem}, {'column ' if columns.are_fixed else 'database_column='}{columns.database}",
         )
     return rows
 
@@ -156,9 +160,8 @@ def _select(rows: pandas.DataFrame, columns: Columns, problem: str) -> pandas.Da
     if missing:
         found = ", ".join(map(str, rows.columns))
         ways = ", ".join(f"{name}_column" for name, given in wanted.items() if given in missing)
-        raise UserError(
-            f"{problem}: lacks the columns {', '.join(missing)}; found: {found}. Name yours with {ways}."
-        )
+        way = "Rename yours in the file" if columns.are_fixed else f"Name yours with {ways}"
+        raise UserError(f"{problem}: lacks the columns {', '.join(missing)}; found: {found}. {way}.")
     return rows[list(wanted.values())].set_axis(list(wanted), axis="columns")
 
 
@@ -240,9 +243,9 @@ def check(rows: pandas.DataFrame) -> tuple[pandas.DataFrame, pandas.Series]:
     reasons = pandas.Series("", index=rows.index, dtype=object)
     rows = rows.copy()
     for name in COLUMNS:
-        has_text = rows[name].map(is_text)
         # As objects: a column of pandas' categories takes no value that is not one of them.
-        rows[name] = rows[name].astype(object).where(has_text, "").str.strip()
+        values = rows[name].astype(object)
+        rows[name] = values.where(values.map(is_text), "").str.strip()
         reasons[(rows[name] == "") & (reasons == "")] = f"{name} {INCOMPLETE}"
     complete = rows[reasons == ""]
     answers = (

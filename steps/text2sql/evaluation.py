@@ -12,11 +12,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from steps.text2sql import dataset, memory_plan, scoring
 from steps.text2sql.databases import DATABASE
 from steps.text2sql.sql_model import (
+    MAX_NEW_TOKENS,
     Generated,
     SQLModel,
     encode_prompts,
     extract_sql,
     pick_device,
+    positions,
     repair_sql,
 )
 
@@ -32,14 +34,18 @@ ACTIVATIONS_PER_TOKEN = 16
 
 
 def token_budget(tokenizer: PreTrainedTokenizerFast, answers: Sequence[str]) -> int:
-    """New tokens that a model may write: those of the longest gold answer and a margin."""
-    return max(map(len, tokenizer(list(answers))["input_ids"])) + BUDGET_MARGIN_TOKENS
+    """New tokens that a model may write: those of the longest gold answer and a margin, or what it may write
+    when it is served."""
+    longest = max(map(len, tokenizer(list(answers))["input_ids"]))
+    return min(longest + BUDGET_MARGIN_TOKENS, MAX_NEW_TOKENS)
 
 
 def find_batch_size(model: SQLModel, rows: pandas.DataFrame, *, max_new_tokens: int, free: int) -> int:
-    """Rows to generate at once in `free` bytes, 1 to `MAX_BATCH_SIZE`, if all were as long as the longest."""
-    prompts = model.prompts(rows)
-    longest = max(map(len, encode_prompts(model.tokenizer, prompts)))
+    """Rows to generate at once in `free` bytes, 1 to `MAX_BATCH_SIZE`, if all were as long as the longest
+    that the model reads."""
+    lengths = map(len, encode_prompts(model.tokenizer, model.prompts(rows)))
+    most = positions(model.model)
+    longest = max((length for length in lengths if length < most), default=0)
     device, dtype = pick_device()
     needed = bytes_per_row(
         model.model.config.get_text_config(),

@@ -39,7 +39,7 @@ SIGNATURE = ModelSignature(
     outputs=Schema([ColSpec("string")]),
     params=ParamSchema(
         [
-            ParamSpec("max_new_tokens", "long", 256),
+            ParamSpec("max_new_tokens", "long", sql_model.USUAL_NEW_TOKENS),
             ParamSpec("repetition_penalty", "double", 1.0),
             ParamSpec("return_full_text", "boolean", False),
             ParamSpec("repair", "boolean", True),
@@ -128,6 +128,20 @@ def read_manifest(package: Path, *, source: str) -> AdapterManifest:
 def model_id(package: Path) -> str:
     """Id of the logged model that a package is; the version of a SQLite registry does not know it."""
     return Model.load(str(package / MLMODEL_FILE_NAME)).model_id
+
+
+def check_logged(logged: str, *, source: str) -> None:
+    """Refuse a package whose logged model was deleted: no score could be logged with it.
+
+    Raises:
+        UserError: it was.
+    """
+    try:
+        mlflow.get_logged_model(logged)
+    except MlflowException as error:
+        raise UserError(
+            f"{source}: its logged model {logged} is gone: {error.message}; register it again"
+        ) from error
 
 
 def ask_in_fresh_process(model_uri: str, environment: dict[str, str]) -> str:

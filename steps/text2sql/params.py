@@ -202,7 +202,12 @@ class EvaluateParams:
         Field(description="rows generated at once; auto: by free memory"),
     ]
     query_timeout_seconds: Annotated[
-        Positive, Field(description="seconds for one query; without a database for all made ones together")
+        float,
+        Field(
+            gt=0,
+            le=86_400,
+            description="seconds for one query; without a database for all made ones together",
+        ),
     ]
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ def describe(gold: str) -> dict[str, str]:
     nesting: nested where it has a second SELECT; hardness: as `hardness`.
     """
     query = parse_query(gold)
-    if not isinstance(query, exp.Query):
+    if not isinstance(query, exp.Query) or query.find(exp.Select) is None:
         return dict.fromkeys(DIMENSIONS, UNKNOWN)
     defined = {cte.alias_or_name.lower() for cte in query.find_all(exp.CTE)}
     tables = {table.name.lower() for table in query.find_all(exp.Table)} - defined
@@ -67,8 +67,10 @@ def hardness(query: exp.Query) -> Literal["easy", "medium", "hard", "extra"]:
     ORDER BY; a negated condition, and each AND or OR of HAVING, counts as one more.
     """
     main = query
-    while not isinstance(main, exp.Select):
+    while isinstance(main, exp.Query) and not isinstance(main, exp.Select):
         main = main.this
+    if not isinstance(main, exp.Select):  # VALUES
+        return "extra"
     clauses, nested, others = _count_clauses(main), _count_subqueries(main), _count_others(main)
     nested += isinstance(query, exp.SetOperation)
     if nested == 0:

@@ -74,6 +74,8 @@ write SQL query that answers the question.
 # 64 rows of 512 tokens and 256 new ones, 6 GiB of keys and values for Mistral-7B in 16 bits.
 ROWS_PER_BATCH = 64
 TOKENS_PER_BATCH = 64 * 768
+# What a request gets that does not say how many tokens it wants.
+USUAL_NEW_TOKENS = 256
 # No SQL is that long; without a limit one request could keep a server busy for ever.
 MAX_NEW_TOKENS = 4096
 
@@ -208,7 +210,7 @@ def repair_sql(sql: str, context: str) -> str:
     sound is to stay as it is; what is known to be changed all the same is the name of a comparison that is
     selected, without AS and before a comma (`SELECT a > 5 b, c`), and columns of SQLite's own tables.
     """
-    of_context = {token[2].lower(): token[2] for token in SQL_TOKEN.finditer(context) if token[2]}
+    of_context = {name.lower(): name for name in _names_of(context)}
     names = {word: name for word, name in of_context.items() if word not in SQL_WORDS | {"create", "table"}}
     sql = _with_words_apart(_with_texts_closed(sql), names)
     known = SQL_WORDS | ROW_IDS | of_context.keys() | _made_names(sql, MADE_NAMES)
@@ -216,6 +218,12 @@ def repair_sql(sql: str, context: str) -> str:
     return "".join(
         _with_known_name(token, known, names) if token[2] else token[0] for token in SQL_TOKEN.finditer(sql)
     )
+
+
+def _names_of(context: str) -> list[str]:
+    """All words of a context that are no text; of a name in quotes, which may have several, each."""
+    tokens = [token for token in SQL_TOKEN.finditer(context) if not token[0].startswith("'")]
+    return [name for token in tokens for name in re.findall(NAME, token[1] or token[2] or "")]
 
 
 def _with_texts_closed(sql: str) -> str:
@@ -442,6 +450,11 @@ def locate_base(reference: str) -> dict[str, str]:
     if reference == EMBEDDED_BASE:
         return {"pretrained_model_name_or_path": str(embedded_base())}
     if os.path.isabs(reference):
+        if not os.path.isdir(reference):
+            raise BaseModelError(
+                f"base model {reference}: there is no such folder on this machine; put it there, or load the "
+                'model with model_config={"base_model": "<where it is>"}'
+            )
         return {"pretrained_model_name_or_path": reference}
     name, _, revision = reference.partition("@")
     return {"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {})
@@ -761,7 +774,8 @@ class SQLModel(PythonModel):
             MlflowException: a row without a question, or a parameter out of range; status 400 when served.
         """
         rows = model_input.reindex(columns=["question", "context"]).fillna({"context": ""})
-        settings = {name: value for name, value in (params or {}).items() if value is not None}
+        settings = {"max_new_tokens": USUAL_NEW_TOKENS}
+        settings |= {name: value for name, value in (params or {}).items() if value is not None}
         full_text, repair = settings.pop("return_full_text", False), settings.pop("repair", True)
         check_request(rows, **settings)
         batches = self.answer(rows, max_batch_tokens=TOKENS_PER_BATCH, **settings)

@@ -13,7 +13,7 @@ import mlflow
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT, MLFLOW_RUN_NOTE
 
-from steps.text2sql import active_run, liveness, processes, project_source, ranks
+from steps.text2sql import active_run, artifacts, liveness, processes, project_source, ranks
 from steps.text2sql.command_line import parse
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.lost_runs import end_lost_runs
@@ -96,7 +96,9 @@ def begin() -> None:
 
     Raises:
         Interrupted: main was killed while this process of it started.
+        UserError: the run's artifacts cannot be written.
     """
+    artifacts.check_location()
     if FINGERPRINT_VARIABLE in os.environ:
         mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
     name_run(active_run.tags().get(MLFLOW_PROJECT_ENTRY_POINT, ""))

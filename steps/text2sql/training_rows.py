@@ -1,8 +1,11 @@
 """Which rows a model was trained on: hashes that travel with every version, without the rows themselves."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from steps.text2sql.errors import UserError
 
 FILE = "hashes.txt"
 # 64 bits: 62,861 rows are 1 MB, and a row that was not seen passes for seen with a chance of 1 in 3e14.
@@ -25,6 +28,13 @@ def write(found: Iterable[str], folder: Path) -> None:
     (folder / FILE).write_text("".join(f"{one}\n" for one in found), encoding="ascii")
 
 
-def read(folder: Path) -> frozenset[str]:
-    """Hashes that `write` wrote into a folder."""
-    return frozenset((folder / FILE).read_text(encoding="ascii").split())
+def read(folder: Path, *, source: str) -> frozenset[str]:
+    """Hashes that `write` wrote into a folder.
+
+    Raises:
+        UserError: it holds something else, or nothing; naming the `source`.
+    """
+    found = (folder / FILE).read_text(encoding="ascii", errors="replace").split()
+    if not found or not all(re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", one) for one in found):
+        raise UserError(f"{source}: its {FILE} has no hashes of training rows; register the adapter again.")
+    return frozenset(found)
