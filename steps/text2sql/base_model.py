@@ -144,8 +144,7 @@ def check_length(reference: str, max_length: int) -> None:
     Raises:
         UserError: naming both.
     """
-    with _as_user_error(reference):
-        positions = getattr(config(reference), "max_position_embeddings", None)
+    positions = getattr(config(reference), "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UserError(
             f"max_length={max_length}: base_model={reference} reads {positions} tokens at most; give "
