@@ -14,6 +14,7 @@ import pytest
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from steps import promote
 from steps.text2sql import (
@@ -459,7 +460,8 @@ def test_a_version_whose_training_rows_are_garbled_is_refused(scored, text):
 def artifacts_of(version):
     """Folder of a version's package."""
     source = mlflow.MlflowClient().get_model_version(MODEL, str(version)).source
-    return Path(mlflow.artifacts.download_artifacts(source))
+    run_id, path = source.removeprefix("runs:/").split("/")
+    return Path(local_file_uri_to_path(mlflow.get_run(run_id).info.artifact_uri)) / path
 
 
 def test_an_evaluation_of_another_version_is_refused(scored):

@@ -583,9 +583,7 @@ def test_a_reference_names_a_commit(reference, located):
 
 def test_a_reference_names_a_folder_that_must_be_there(tmp_path):
     folder = str(tmp_path / "a@b")
-    with pytest.raises(
-        sql_model.BaseModelError, match="a@b: there is no such folder on this machine"
-    ):
+    with pytest.raises(sql_model.BaseModelError, match="a@b: there is no such folder on this machine"):
         sql_model.locate_base(folder)
     (tmp_path / "a@b").mkdir()
     assert sql_model.locate_base(folder) == {"pretrained_model_name_or_path": folder}

@@ -105,7 +105,7 @@ def run_with_files(store: str) -> str:
 @pytest.mark.parametrize("location", ["s3://no-client/x", "file:///proc/nope", "mlflow-artifacts:/1"])
 def test_an_artifact_location_that_cannot_be_written_is_said_before_any_work(store, monkeypatch, location):
     elsewhere = mlflow.create_experiment("elsewhere", artifact_location=location)
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", elsewhere)
+    monkeypatch.setenv("MLFLOW_RUN_ID", mlflow.MlflowClient().create_run(elsewhere).info.run_id)
     text = exit_text(lambda: pytest.fail("worked"))
     assert text.startswith(f"\nError: the artifact location {location}")
     assert "cannot be used: " in text

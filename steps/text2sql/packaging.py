@@ -139,8 +139,9 @@ def check_logged(logged: str, *, source: str) -> None:
     try:
         mlflow.get_logged_model(logged)
     except MlflowException as error:
+        reason = error.message.rstrip(".")
         raise UserError(
-            f"{source}: its logged model {logged} is gone: {error.message}; register it again"
+            f"{source}: its logged model is gone: {reason}; register the adapter again."
         ) from error
 
 
