@@ -46,11 +46,21 @@ def main(params: PromoteParams) -> None:
 
 def check_package(version: ModelVersion) -> None:
     """Refuse a version whose package is not in the store any more."""
-    uri = f"models:/{version.name}/{version.version}"
-    if MLMODEL_FILE_NAME not in {found.path for found in mlflow.artifacts.list_artifacts(uri)}:
+    uri = uri_of(version)
+    if not holds(uri, MLMODEL_FILE_NAME):
         raise UserError(
             f"version={version.version}: the package of {uri} is gone; register the adapter again."
         )
+
+
+def uri_of(version: ModelVersion) -> str:
+    """URI of a version's package."""
+    return f"models:/{version.name}/{version.version}"
+
+
+def holds(uri: str, name: str) -> bool:
+    """Whether a package has a file or folder of this name."""
+    return name in {found.path for found in mlflow.artifacts.list_artifacts(uri)}
 
 
 def decide(judge: Judge, version: ModelVersion, champion: ModelVersion | None) -> Decision:
@@ -83,8 +93,8 @@ def by_scores(
 
 def trained_on(version: ModelVersion, evaluation: Evaluation) -> set[Row]:
     """Rows of an evaluation that a version was trained on; none for one that does not say."""
-    uri = f"models:/{version.name}/{version.version}"
-    if store_names.TRAINING_ROWS not in {found.path for found in mlflow.artifacts.list_artifacts(uri)}:
+    uri = uri_of(version)
+    if not holds(uri, store_names.TRAINING_ROWS):
         print(f"  {uri} does not say which rows it was trained on: none are left out for it.")
         return set()
     with artifacts.downloaded(
@@ -100,7 +110,7 @@ def score_again(champion: ModelVersion, run_id: str) -> Evaluation:
     with artifacts.downloaded(uri, parameter="evaluation_run_id", needs=store_names.ROWS_FILE) as folder:
         file = folder / store_names.ROWS_FILE
         values = evaluation_run.settings(run_id) | {
-            "model_uri": f"models:/{champion.name}/{champion.version}",
+            "model_uri": uri_of(champion),
             "dataset": str(file),
             "eval_rows": str(len(file.read_text(encoding="utf-8").splitlines())),
         }

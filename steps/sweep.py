@@ -1,6 +1,5 @@
 """Search learning rate, rank and number of steps over trainings on the same data, by validation loss."""
 
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from steps.text2sql import (
     artifacts,
     child_runs,
     mlproject,
+    resume,
     reuse,
     run_page,
     screen,
@@ -24,7 +24,6 @@ from steps.text2sql import (
 from steps.text2sql.command_line import MainParams, SweepCall, parse_sweep
 from steps.text2sql.errors import Interrupted, UserError
 from steps.text2sql.params import OwnMainParams
-from steps.text2sql.run_folder import run_folder
 from steps.text2sql.search import Search, ShouldStop, Space, open_storage
 from steps.text2sql.watcher import STOPPED_EARLY, Watcher
 
@@ -101,14 +100,14 @@ def train(
     except Interrupted as error:
         if str(error) != STOPPED_EARLY:
             raise
-        shutil.rmtree(run_folder(watcher.child), ignore_errors=True)  # its checkpoint
+        resume.forget(watcher.child)  # its checkpoint
         print(f"  stopped early: {store_names.EVAL_LOSS} was above the median of the others", flush=True)
         return None
     except UserError:
         child = child_runs.newest_child(active_run.run_id(), "train")
         if not has_diverged(child):
             raise
-        shutil.rmtree(run_folder(child), ignore_errors=True)
+        resume.forget(child)
         return None
     loss = run.data.metrics[store_names.EVAL_LOSS]
     mlflow.log_metric(store_names.EVAL_LOSS, loss, step=number)

@@ -35,8 +35,9 @@ def check_location() -> None:
     try:
         get_artifact_repository(uri).list_artifacts()
         if urlsplit(uri).scheme in ("", "file"):
-            Path(local_file_uri_to_path(uri)).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=local_file_uri_to_path(uri)).close()
+            folder = Path(local_file_uri_to_path(uri))
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     except UNREADABLE as error:
         raise UserError(
             f"the artifact location {uri} cannot be used: {error}; install its client in this environment, "

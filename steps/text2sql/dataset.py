@@ -35,15 +35,13 @@ csv.field_size_limit(2**31 - 1)
 class Columns(NamedTuple):
     """The user's names for the columns of `COLUMNS`, and of the one with SQLite files; empty: none.
 
-    With `database_is_optional` rows without that column are sound too; where the names `are_fixed`, no
-    parameter of the step gives others.
+    Where the names `are_fixed`, no parameter of the step gives others, and rows may lack the last one.
     """
 
     question: str
     context: str
     answer: str
     database: str
-    database_is_optional: bool = False
     are_fixed: bool = False
 
 
@@ -97,7 +95,7 @@ def read(source: DatasetSource, *, columns: Columns, seed: int) -> dict[str, pan
         UserError: naming the line, the encoding, the missing columns, or the rows without a database.
     """
     problem = f"dataset={source.location}"
-    if columns.database and source.kind != "file" and not columns.database_is_optional:
+    if columns.database and source.kind != "file" and not columns.are_fixed:
         raise UserError(f"database_column={columns.database}: needs a dataset of files, not {source.name}.")
     if source.kind == "sample":
         built_in = Columns(*columns[:3], database=DATABASE)
@@ -149,7 +147,7 @@ def _load_from_hub(source: DatasetSource) -> pandas.DataFrame:
 def _select(rows: pandas.DataFrame, columns: Columns, problem: str) -> pandas.DataFrame:
     """The columns that count, under this project's names."""
     wanted = {name: given for name, given in zip((*COLUMNS, DATABASE), columns[:4], strict=True) if given}
-    if columns.database_is_optional and columns.database not in rows:
+    if columns.are_fixed and columns.database not in rows:
         wanted.pop(DATABASE, None)
     if len(set(wanted.values())) < len(wanted):
         given = ", ".join(f"{name}_column={given}" for name, given in wanted.items())

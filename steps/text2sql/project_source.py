@@ -30,9 +30,13 @@ def read() -> None:
     _tags(active_run.run_id())
 
 
+def _tag(name: str, otherwise: str = "") -> str:
+    return _tags(active_run.run_id()).get(name, otherwise)
+
+
 def uri() -> str:
     """What `mlflow run` takes to run this project again: the git URL it came from, or this folder."""
-    source = _tags(active_run.run_id()).get(MLFLOW_SOURCE_NAME, "")
+    source = _tag(MLFLOW_SOURCE_NAME)
     return source if re.match(r"(https?|ssh|git)://|git@", source) else str(PROJECT)
 
 
@@ -43,12 +47,12 @@ def version() -> list[str]:
 
 def git_commit() -> str:
     """Commit of the project as MLflow noted it on this run; empty outside a git checkout."""
-    return _tags(active_run.run_id()).get(MLFLOW_GIT_COMMIT, "")
+    return _tag(MLFLOW_GIT_COMMIT)
 
 
 def env_manager() -> str:
     """Environment manager that `mlflow run` was given for this run."""
-    return _tags(active_run.run_id()).get(MLFLOW_PROJECT_ENV, "local")
+    return _tag(MLFLOW_PROJECT_ENV, "local")
 
 
 def take_source_of(parent: str) -> None:

@@ -43,7 +43,7 @@ def of_dataset(source: dataset.DatasetSource, trained_on: DatasetManifest) -> pa
     Raises:
         UserError: a row lacks question, context or answer, naming the first ones; or none is left.
     """
-    columns = dataset.Columns(*dataset.COLUMNS, dataset.DATABASE, database_is_optional=True, are_fixed=True)
+    columns = dataset.Columns(*dataset.COLUMNS, dataset.DATABASE, are_fixed=True)
     found = dataset.read(source, columns=columns, seed=trained_on.seed)
     rows = found.get("test", found.get("train"))
     if rows is None:

@@ -101,8 +101,9 @@ def begin() -> None:
     artifacts.check_location()
     if FINGERPRINT_VARIABLE in os.environ:
         mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
-    name_run(active_run.tags().get(MLFLOW_PROJECT_ENTRY_POINT, ""))
-    parent = active_run.tags().get(MLFLOW_PARENT_RUN_ID)
+    tags = active_run.tags()
+    name_run(tags.get(MLFLOW_PROJECT_ENTRY_POINT, ""))
+    parent = tags.get(MLFLOW_PARENT_RUN_ID)
     if not parent:
         end_lost_runs()
     elif liveness.state(parent) == "gone":

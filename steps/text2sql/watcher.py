@@ -38,19 +38,23 @@ class Watcher:
 
     def _watch(self, stopper: Stopper, over: threading.Event) -> None:
         while not over.wait(POLL_SECONDS):
-            with suppress(Exception):  # of a store that is busy or away: what is new is seen next time
-                if self.look():
-                    stopper.stop(STOPPED_EARLY)
-                    return
+            if self.look():
+                stopper.stop(STOPPED_EARLY)
+                return
 
     def look(self) -> bool:
         """Whether the training should stop, by what it has logged since the last look."""
+        losses: list[float] = []
+        with suppress(Exception):  # whatever a store raises that is busy or away: they are seen next time
+            losses = self._losses()
+        new = list(enumerate(losses, start=1))[self._seen :]
+        self._seen = max(self._seen, len(losses))
+        return any([self.should_stop(position, loss) for position, loss in new])
+
+    def _losses(self) -> list[float]:
         if not self.child:
             self.child = self._find()
-        losses = child_runs.curve(self.child, store_names.EVAL_LOSS) if self.child else []
-        new = list(enumerate(losses, start=1))[self._seen :]
-        self._seen = len(losses)
-        return any([self.should_stop(position, loss) for position, loss in new])
+        return child_runs.curve(self.child, store_names.EVAL_LOSS) if self.child else []
 
     def _find(self) -> str:
         found = child_runs.newest_child(self.parent, "train")
