@@ -135,8 +135,7 @@ def test_times_are_said_as_roughly_as_they_are_known(seconds, text):
 def test_a_printed_command_names_the_experiment_that_earlier_runs_are_in(store):
     with mlflow.start_run():
         assert "--experiment-id" not in screen.step_command("main", {})
-    found = mlflow.set_experiment("another one").experiment_id
-    with mlflow.start_run():
+    found = mlflow.create_experiment("another one")
+    with mlflow.start_run(experiment_id=found):
         command = shlex.split(screen.step_command("main", {}))
-    mlflow.set_experiment(experiment_id="0")
     assert command[command.index("--experiment-id") + 1] == found
