@@ -44,6 +44,7 @@ from peft.tuners.lora import LoraLayer
 from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
+from benchmarks import correction
 from benchmarks.markdown import Table, print_table
 from benchmarks.train_throughput import attach_as_planned, project_lora
 from steps.text2sql import adapter, gradients, memory_plan, scoring, splits, tokenization, trainer, training
@@ -79,7 +80,8 @@ class Recipe:
     `start` is how the adapter begins: `lora` (B is zero), `eva` (B is zero, and A the largest directions of
     the layer's inputs, arXiv 2410.07170), `gradient` (B is zero, and A those of the weight's gradient, which
     LoRA-GA begins with, arXiv 2407.05000), or on the largest directions of the weights (`pissa`, arXiv
-    2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round).
+    2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round). `corrected` is `lora` with
+    most of what quantizing changes taken back beside it (`benchmarks.correction`).
     """
 
     learning_rate: float | None = None
@@ -124,6 +126,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "LoftQ": {"start": "loftq"},
     "EVA": {"start": "eva", "lora": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}},
     "gradient": {"start": "gradient"},
+    "corrected": {"start": "corrected"},
     "NEFTune 5": {"settings": {"neftune_noise_alpha": 5.0}},
     "NEFTune 15": {"settings": {"neftune_noise_alpha": 15.0}},
     "balanced lengths": {"balanced_lengths": True},
@@ -302,6 +305,8 @@ def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_
         start_on_directions(model, recipe.start)
     elif recipe.start == "eva":
         initialize_lora_eva_weights(model, batches_of(data["train"]), show_progress_bar=False)
+    elif recipe.start == "corrected":
+        correction.add(model, correction.original(EMBEDDED_BASE), data["train"])
     elif recipe.start == "gradient":
         start_on_gradients(model, data["train"])
     return model, plan
@@ -330,7 +335,10 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
     """Train by the same calls as the train step."""
     transformers.set_seed(seed)
     model, plan = load(recipe, data)
-    rule = training.learning_rate(adapter.count_parameters(model).frozen, steps)
+    count = adapter.count_parameters(model)
+    # A correction is as large as the adapter, and no part of the base.
+    frozen = count.frozen - (count.trainable if recipe.start == "corrected" else 0)
+    rule = training.learning_rate(frozen, steps)
     recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate or rule)
     settings = training.arguments(
         Path(tempfile.mkdtemp()),

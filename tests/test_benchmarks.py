@@ -90,6 +90,7 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
         "EVA",
         "gradient",
         "LoftQ",
+        "corrected",
         "LoRA+ 4 & learning rate 0.002",
         "balanced lengths",
         "mean of last 20 %",

@@ -1,0 +1,106 @@
+"""A frozen low-rank term beside the adapter that takes back most of what 4-bit weights change in a base.
+
+Quantizing adds an error E to each adapted layer's weights. Of all terms of its rank the correction C is the
+one for which the layer's outputs change least: with M the second moments of the layer's inputs, M = L L^T,
+the squared error |(E - C) L|^2 is least where C L is E L cut to its largest directions (QERA,
+arXiv 2410.06040; any root L will do). It is an adapter of its own, which is not trained.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import datasets
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from steps.text2sql import packed_attention, packing
+from steps.text2sql.packing import Row
+from steps.text2sql.sql_model import locate_base, pick_device
+
+NAME, TRAINED = "correction", "default"
+# Rows whose tokens the second moments are taken of: with twice as many the error on others is the same.
+ROWS = 16
+# Of the mean of the moments' diagonal: tokens may be fewer than inputs, and a few inputs are very large.
+DAMPING = 1e-2
+POWER_ITERATIONS = 8
+
+
+def original(reference: str) -> PreTrainedModel:
+    """The base as it was published, on the CPU."""
+    return AutoModelForCausalLM.from_pretrained(
+        **locate_base(reference), dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
+
+
+def add(model: PeftModel, original: PreTrainedModel, rows: datasets.Dataset) -> float:
+    """Give an adapter on a base that was quantized its correction, of the same rank and on the same layers.
+
+    `rows` are tokenized as for training; the first `ROWS` are read. Gives the share of the squared error of
+    the layers' outputs that is left, the mean of all layers.
+    """
+    lora = model.peft_config[TRAINED]
+    model.add_adapter(NAME, dataclasses.replace(lora, lora_alpha=lora.r, lora_dropout=0.0, use_rslora=False))
+    model.base_model.set_adapter([TRAINED, NAME])
+    model.set_requires_grad(NAME, False)
+    left: list[torch.Tensor] = []
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    hooks = [
+        layer.register_forward_pre_hook(partial(_correct, published=original.get_submodule(name), left=left))
+        for name, layer in layers.items()
+    ]
+    _read(model, rows.select(range(min(ROWS, len(rows)))).to_list())
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(left).mean().item()
+
+
+def _read(model: PeftModel, rows: Sequence[Row]) -> None:
+    """Compute rows as training does, all in one pack."""
+    device, dtype = pick_device()
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(packed_attention.NAME)
+    lengths = [len(row["input_ids"]) for row in rows]
+    (pack,) = packing.pack(rows, capacity=sum(lengths))
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        packed_attention.summed_loss(model, pack.to(device), longest=max(lengths))
+    model.set_attn_implementation(usual)
+
+
+def _correct(
+    layer: LoraLayer,
+    given: tuple[torch.Tensor, ...],
+    *,
+    published: torch.nn.Module,
+    left: list[torch.Tensor],
+) -> None:
+    """Set a layer's correction by its inputs; what is left of the error goes to `left`."""
+    down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    with torch.autocast(down.device.type, enabled=False):
+        quantized = dequantize_module_weight(layer.base_layer).detach().float()
+        error = published.weight.detach().to(down.device).float() - quantized
+        found = least(error, given[0].flatten(0, -2).float(), rank=len(down))
+    directions = len(found[0])  # a small layer has fewer than the rank; B is zero for the others
+    down.data[:directions].copy_(found[0])
+    up.data[:, :directions].copy_(found[1])
+    left.append(found[2])
+
+
+def least(
+    error: torch.Tensor, inputs: torch.Tensor, *, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factors (rank, inputs) and (outputs, rank) of the C nearest to an error, (outputs, inputs), for inputs
+    (tokens, inputs), and the share of the squared error that it leaves."""
+    moments = inputs.T @ inputs / len(inputs)
+    moments.diagonal().add_(DAMPING * moments.diagonal().mean())
+    root = torch.linalg.cholesky(moments)
+    weighted = error @ root
+    searched = min(2 * rank, *weighted.shape)  # with no more than `rank` the last directions are not found
+    left, sizes, right = (
+        one[..., :rank] for one in torch.svd_lowrank(weighted, q=searched, niter=POWER_ITERATIONS)
+    )
+    down = torch.linalg.solve_triangular(root, sizes[:, None] * right.T, upper=False, left=False)
+    return down, left, 1 - sizes.square().sum() / weighted.square().sum()
