@@ -45,7 +45,7 @@ TUNED, BASE = "", scoring.BASE_PREFIX
 def main(params: EvaluateParams) -> None:
     """Answer and score test rows with and without the adapter; log metrics and predictions."""
     version = model_versions.find_version(params.model_uri)
-    uri, source = f"models:/{version.name}/{version.version}", f"model_uri={params.model_uri}"
+    uri, source = model_versions.uri_of(version), f"model_uri={params.model_uri}"
     with (
         artifacts.downloaded(uri, parameter="model_uri", needs=packaging.MLMODEL_FILE_NAME) as package,
         artifacts.logged_folder(store_names.ROWS) as folder,

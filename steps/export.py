@@ -42,7 +42,7 @@ class Answered(NamedTuple):
 def main(params: ExportParams) -> None:
     """Merge beside the output folder, ask both models the same, and move the merged one into place."""
     version = model_versions.find_version(params.model_uri)
-    output, uri = Path(params.output), f"models:/{version.name}/{version.version}"
+    output, uri = Path(params.output), model_versions.uri_of(version)
     with artifacts.downloaded(uri, parameter="model_uri", needs=transformers_flavor.CARD) as package:
         adapter = package / transformers_flavor.ADAPTER
         described = manifest.read(AdapterManifest, adapter, source=f"model_uri={uri}")

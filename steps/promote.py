@@ -46,16 +46,11 @@ def main(params: PromoteParams) -> None:
 
 def check_package(version: ModelVersion) -> None:
     """Refuse a version whose package is not in the store any more."""
-    uri = uri_of(version)
+    uri = model_versions.uri_of(version)
     if not holds(uri, MLMODEL_FILE_NAME):
         raise UserError(
             f"version={version.version}: the package of {uri} is gone; register the adapter again."
         )
-
-
-def uri_of(version: ModelVersion) -> str:
-    """URI of a version's package."""
-    return f"models:/{version.name}/{version.version}"
 
 
 def holds(uri: str, name: str) -> bool:
@@ -93,7 +88,7 @@ def by_scores(
 
 def trained_on(version: ModelVersion, evaluation: Evaluation) -> set[Row]:
     """Rows of an evaluation that a version was trained on; none for one that does not say."""
-    uri = uri_of(version)
+    uri = model_versions.uri_of(version)
     if not holds(uri, store_names.TRAINING_ROWS):
         print(f"  {uri} does not say which rows it was trained on: none are left out for it.")
         return set()
@@ -110,7 +105,7 @@ def score_again(champion: ModelVersion, run_id: str) -> Evaluation:
     with artifacts.downloaded(uri, parameter="evaluation_run_id", needs=store_names.ROWS_FILE) as folder:
         file = folder / store_names.ROWS_FILE
         values = evaluation_run.settings(run_id) | {
-            "model_uri": uri_of(champion),
+            "model_uri": model_versions.uri_of(champion),
             "dataset": str(file),
             "eval_rows": str(len(file.read_text(encoding="utf-8").splitlines())),
         }

@@ -54,7 +54,7 @@ def main(params: RegisterParams) -> None:
         run_id=active_run.run_id(),
     )
     version = register(logged.model_uri, described, params, card=card, prompt=prompt)
-    print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  models:/{version.name}/{version.version}\n")
+    print(f"\n  {packaging.EXAMPLE['question']}\n  {answer}\n\n  {model_versions.uri_of(version)}\n")
 
 
 def check_match(described: AdapterManifest, of_dataset: DatasetManifest, params: RegisterParams) -> None:

@@ -23,6 +23,11 @@ def register_version(model_uri: str, name: str, tags: Mapping[str, str]) -> Mode
     return tried_again(lambda: mlflow.register_model(model_uri, name, tags=dict(tags)))
 
 
+def uri_of(version: ModelVersion) -> str:
+    """URI of a version's package."""
+    return f"models:/{version.name}/{version.version}"
+
+
 def point_to_newest(name: str, alias: str) -> None:
     """Set an alias to the newest version; looking again afterwards, so that the last of several is right.
 
