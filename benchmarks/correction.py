@@ -15,11 +15,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from steps.text2sql import packed_attention, packing
 from steps.text2sql.packing import Row
-from steps.text2sql.sql_model import locate_base, pick_device
+from steps.text2sql.sql_model import pick_device
 
 NAME, TRAINED = "correction", "default"
 # Rows whose tokens the second moments are taken of: with twice as many the error on others is the same.
@@ -29,18 +29,12 @@ DAMPING = 1e-2
 POWER_ITERATIONS = 8
 
 
-def original(reference: str) -> PreTrainedModel:
-    """The base as it was published, on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(
-        **locate_base(reference), dtype="auto", use_safetensors=True, trust_remote_code=False
-    )
-
-
 def add(model: PeftModel, original: PreTrainedModel, rows: datasets.Dataset) -> float:
     """Give an adapter on a base that was quantized its correction, of the same rank and on the same layers.
 
-    `rows` are tokenized as for training; the first `ROWS` are read. Gives the share of the squared error of
-    the layers' outputs that is left, the mean of all layers.
+    `original` is the same base, not quantized, on the same device. `rows` are tokenized as for training; the
+    first `ROWS` are read. Gives the share of the squared error of the layers' outputs that is left, the mean
+    of all layers.
     """
     lora = model.peft_config[TRAINED]
     model.add_adapter(NAME, dataclasses.replace(lora, lora_alpha=lora.r, lora_dropout=0.0, use_rslora=False))
@@ -81,7 +75,7 @@ def _correct(
     down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
     with torch.autocast(down.device.type, enabled=False):
         quantized = dequantize_module_weight(layer.base_layer).detach().float()
-        error = published.weight.detach().to(down.device).float() - quantized
+        error = published.weight.detach().float() - quantized
         found = least(error, given[0].flatten(0, -2).float(), rank=len(down))
     directions = len(found[0])  # a small layer has fewer than the rank; B is zero for the others
     down.data[:directions].copy_(found[0])

@@ -305,8 +305,6 @@ def load(recipe: Recipe, data: datasets.DatasetDict) -> tuple[PeftModel, memory_
         start_on_directions(model, recipe.start)
     elif recipe.start == "eva":
         initialize_lora_eva_weights(model, batches_of(data["train"]), show_progress_bar=False)
-    elif recipe.start == "corrected":
-        correction.add(model, correction.original(EMBEDDED_BASE), data["train"])
     elif recipe.start == "gradient":
         start_on_gradients(model, data["train"])
     return model, plan
@@ -335,10 +333,9 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
     """Train by the same calls as the train step."""
     transformers.set_seed(seed)
     model, plan = load(recipe, data)
-    count = adapter.count_parameters(model)
-    # A correction is as large as the adapter, and no part of the base.
-    frozen = count.frozen - (count.trainable if recipe.start == "corrected" else 0)
-    rule = training.learning_rate(frozen, steps)
+    rule = training.learning_rate(adapter.count_parameters(model).frozen, steps)
+    if recipe.start == "corrected":  # after counting: it is no part of the base
+        correction.add(model, load_base(EMBEDDED_BASE, "none"), data["train"])
     recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate or rule)
     settings = training.arguments(
         Path(tempfile.mkdtemp()),

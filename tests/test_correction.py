@@ -15,7 +15,7 @@ RANK = 8
 
 @pytest.fixture(scope="module")
 def published(tiny_base):
-    return correction.original(str(tiny_base))
+    return sql_model.load_base(str(tiny_base), "none")
 
 
 @pytest.fixture
