@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from steps.text2sql import store_names
+from steps.text2sql import model_versions, store_names
 from steps.text2sql.errors import UserError
 from steps.text2sql.gate import Evaluation, Row, Verdicts
 from steps.text2sql.params import EvaluateParams
@@ -105,7 +105,7 @@ def _verdicts(rows: list[Mapping[str, Any]], prefix: str = "") -> Verdicts:
 
 
 def _unusable(run_id: str, version: ModelVersion, problem: str) -> UserError:
-    model = shlex.quote(f"model_uri=models:/{version.name}/{version.version}")
+    model = shlex.quote(f"model_uri={model_versions.uri_of(version)}")
     return UserError(
         f"evaluation_run_id={run_id}: {problem}; run: mlflow run . -e evaluate -P {model} -P dataset_uri=…"
     )
