@@ -353,6 +353,7 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
         }
         | recipe.settings,
     )
+    training.speed_up(model, compiled=False)
     with mock.patch.object(trainer, "Shuffled", Balanced) if recipe.balanced_lengths else nullcontext():
         training.train(
             model,

@@ -265,8 +265,7 @@ def fit_project(
     device = pick_device()[0]
     step_tokens = training.mean_tokens(data["train"]) * batch_size
     model, plan = attach_as_planned(base, project_lora(), data, step_tokens=step_tokens)
-    if compiled:
-        training.compile_layers(model)
+    training.speed_up(model, compiled=compiled)
     settings = training.arguments(
         Path(tempfile.mkdtemp()),
         steps=steps,

@@ -284,10 +284,9 @@ def plan_memory(
 
 
 def compile_layers(params: TrainParams, model: PeftModel, work: Work, speed: Speed) -> None:
-    """Compile the layers where that pays."""
+    """Compile the layers where that pays, else fuse what they do."""
     chosen = training_speed.choose_compile(params.torch_compile, speed, tokens=work.tokens)
-    if chosen == "yes":
-        training.compile_layers(model)
+    training.speed_up(model, compiled=chosen == "yes")
     run_log.log_choices(torch_compile=chosen)
 
 

@@ -270,7 +270,7 @@ def write_tiny_base(folder: Path, tokenizer: PreTrainedTokenizerFast, **config: 
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ids, **config)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **(shape | ids | config))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "LICENSE").write_text("Licence of the tiny base\n")
     return folder

@@ -11,10 +11,19 @@ from safetensors.torch import load_file
 
 from steps.text2sql import run_folder, sql_model
 from tests import two_processes
+from tests.conftest import tiny_tokenizer, write_tiny_base
 
 pytestmark = pytest.mark.slow
 
 LIMIT_SECONDS = 1500
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    """A base of five layers: more than there are places for layers that are put together."""
+    return write_tiny_base(
+        tmp_path_factory.mktemp("deep"), tiny_tokenizer(), num_hidden_layers=two_processes.LAYERS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,19 @@ def same(one, other, tolerance=1e-4):
     )
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_recompute", "fsdp_compiled", "recorded"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ddp",
+        "fsdp",
+        "fsdp_recompute",
+        "fsdp_compiled",
+        "pulled",
+        "pulled_recompute",
+        "pulled_compiled",
+        "recorded",
+    ],
+)
 def test_two_processes_learn_what_one_learns_from_the_same_rows(trained, name):
     one, two = trained("single"), trained(name)
     assert len(one.losses) == two_processes.STEPS
@@ -60,7 +81,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_rows(trained, name):
     assert one.losses[0] - one.losses[-1] > 0.05  # it did learn
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "pulled"])
 def test_the_validation_loss_of_two_processes_is_that_of_one(trained, name):
     assert len(trained("single").evaluations) == 3
     assert trained(name).evaluations == pytest.approx(trained("single").evaluations, rel=1e-4)
@@ -80,7 +101,13 @@ def test_the_base_is_divided_in_two_with_fsdp_alone(trained):
     assert [trained(name, i).divided for name in fsdp for i in (0, 1)] == [0.5] * 6
 
 
-@pytest.mark.parametrize("name", ["fsdp_nf4", "fsdp_dequantized"])
+@pytest.mark.parametrize("name", ["pulled", "pulled_nf4", "pulled_dequantized"])
+def test_layers_that_are_pulled_take_two_places_in_turns(trained, name):
+    assert [trained(name, i).places for i in (0, 1)] == [2, 2]
+    assert trained("ddp").places > 2 * two_processes.LAYERS
+
+
+@pytest.mark.parametrize("name", ["fsdp_nf4", "fsdp_dequantized", "pulled_nf4", "pulled_dequantized"])
 def test_a_divided_4_bit_base_computes_what_a_whole_one_does(trained, tiny_base, tmp_path, name):
     whole = two_processes.train(tiny_base, tmp_path, quantization="nf4")
     assert trained(name).losses == pytest.approx(whole["losses"], rel=1e-4)
@@ -88,13 +115,13 @@ def test_a_divided_4_bit_base_computes_what_a_whole_one_does(trained, tiny_base,
     assert trained(name).losses != pytest.approx(trained("fsdp").losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resumed", "fsdp_resumed"])
+@pytest.mark.parametrize("name", ["resumed", "fsdp_resumed", "pulled_resumed"])
 def test_two_processes_go_on_from_a_checkpoint_of_one(trained, name):
     assert trained(name).losses == pytest.approx(trained("single").losses[3:], rel=1e-4)
     assert same(trained(name).weights, trained("single").weights)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "pulled"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(trained, tiny_base, name):
     folder = trained(name).folder.with_name(f"alone_after_{name}")
     folder.mkdir()
@@ -103,7 +130,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(trained, tiny_base, name):
     assert same(load_file(folder / "adapter-0.safetensors"), trained("single").weights)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_nf4"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_nf4", "pulled", "pulled_nf4"])
 def test_a_saved_adapter_is_whole_and_loads_alone(trained, tiny_base, name):
     checkpoint = trained(name).folder / f"checkpoint-{two_processes.STEPS - 1}"
     model = PeftModel.from_pretrained(sql_model.load_base(str(tiny_base), "none"), checkpoint)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -36,7 +37,7 @@ from steps.text2sql.manifest import AdapterManifest, DatasetManifest
 from tests.recorded import Recorded
 
 PROJECT = Path(__file__).parents[1]
-STEPS, ROWS = 6, 14
+STEPS, ROWS, LAYERS = 6, 14, 5
 ADD = gradients.Gradients.add
 # Name of a training: what differs from the others. All by two processes; `go_on` is one by one process.
 SCENARIOS = {
@@ -53,6 +54,12 @@ SCENARIOS = {
     "fsdp_dequantized": {"sharded": True, "quantization": "nf4", "dequantize": True},
     "fsdp_recompute": {"sharded": True, "recompute": True},
     "fsdp_compiled": {"sharded": True, "compiled": True},
+    "pulled": {"sharded": True, "pulled": True},
+    "pulled_resumed": {"sharded": True, "pulled": True, "go_on": "single/checkpoint-3"},
+    "pulled_nf4": {"sharded": True, "pulled": True, "quantization": "nf4"},
+    "pulled_dequantized": {"sharded": True, "pulled": True, "quantization": "nf4", "dequantize": True},
+    "pulled_recompute": {"sharded": True, "pulled": True, "recompute": True},
+    "pulled_compiled": {"sharded": True, "pulled": True, "compiled": True},
 }
 
 
@@ -91,6 +98,7 @@ def train(
     folder: Path,
     *,
     sharded=False,
+    pulled=False,
     quantization="none",
     dequantize=False,
     go_on="",
@@ -112,9 +120,9 @@ def train(
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded)  # as accelerate says it
     gradients.Gradients.add = with_room(room)
     trainer.Gradients, trainer.SHAPE_TOKENS = (Recorded, 4) if recorded else (gradients.Gradients, 128)
-    if compiled:
-        library.compile_layers(model)
+    library.speed_up(model, compiled=compiled)
     if sharded:
+        sharding.gathers_fast = lambda: pulled
         sharding.shard(model)
     settings = library.arguments(
         folder,
@@ -160,6 +168,7 @@ def train(
         "mean": mean,
         "stopped_by": checkpoints.stopped_by,
         "divided": share_divided(model),
+        "places": places(model),
         "drawn": probe.drawn,
         "computed": Recorded.computed,
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
@@ -182,6 +191,13 @@ def share_divided(model: torch.nn.Module) -> float:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
     return held / sum(p.numel() for p in frozen)
+
+
+def places(model: torch.nn.Module) -> int:
+    """In how many places of memory the decoder's layers are; those of other parameters are not counted."""
+    layers = adapter.decoder_layers(model)
+    frozen = [one for one in layers.parameters() if not one.requires_grad and not isinstance(one, DTensor)]
+    return len({one.untyped_storage().data_ptr() for one in frozen})
 
 
 @contextmanager
@@ -218,6 +234,7 @@ def start(module: str, *words: str) -> list[subprocess.Popen]:
 def main(base: Path, scratch: Path) -> None:
     """Run every scenario and write what came of it."""
     torch.set_num_threads(1)
+    transformers.trainer.distributed_broadcast_scalars = None  # it would wait for the GPU at each point
     with collectives.joined():
         for name, changed in SCENARIOS.items():
             folder = scratch / name

@@ -1,4 +1,4 @@
-"""A frozen base divided among processes, each holding a part of every layer: FSDP version 2."""
+"""A frozen base divided among processes, each holding a part of every layer."""
 
 import os
 
@@ -7,26 +7,31 @@ from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from steps.text2sql import adapter, collectives, ranks
+from steps.text2sql import adapter, collectives, pulled_layers, ranks
 from steps.text2sql.device import has_nvlink
 
 
 def shard(model: PeftModel) -> None:
-    """Divide the base, in place; a layer's weights are put together while the layer is computed.
+    """Divide the base, in place; a layer's weights are put together before the layer is computed.
 
+    Near GPUs read each other's parts (`PulledLayers`); others gather them by collectives (FSDP version 2).
     The adapter is not divided: it is small, is trained in fp32, and its gradients, optimizer and files are
     those of a training in one process. While loading, each GPU holds the whole base. 4-bit weights stay
     bytes: kept in bf16 (`bnb_4bit_quant_storage`), those that read as NaN there would be copied as another
     NaN (https://github.com/pytorch/pytorch/issues/159333).
     """
-    own = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    layers = adapter.decoder_layers(model)
+    own = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    if gathers_fast() and pulled_layers.can_pull():
+        pulled_layers.PulledLayers(layers, whole=own)
+        return
     device = next(iter(own)).device.type
     settings = {
         "mesh": init_device_mesh(device, (dist.get_world_size(),)),
         "ignored_params": own,
         "reshard_after_forward": divides_again(),
     }
-    for layer in adapter.decoder_layers(model):
+    for layer in layers:
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
 

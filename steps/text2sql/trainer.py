@@ -178,6 +178,9 @@ class PackedTrainer(ResumableTrainer):
 
         self._log_waiting = log_waiting
 
+    def store_flos(self) -> None:
+        """Nothing: these are not counted, and adding them up over processes would wait for the GPU."""
+
     def _packs(self, rows: list[Row], *, multiple: int | None = None) -> list[Pack]:
         """Packs of this process; each process has as many."""
         packs = packing.pack_evenly(

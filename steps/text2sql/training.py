@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainingArguments
 
-from steps.text2sql import adapter, collectives, packed_attention, validations
+from steps.text2sql import adapter, collectives, fused_layers, packed_attention, validations
 from steps.text2sql.checkpoints import Checkpoints, spread_random_state
 from steps.text2sql.device import peak_memory_gib
 from steps.text2sql.errors import UserError
@@ -188,6 +188,11 @@ def compile_layers(model: PeftModel) -> None:
     torch._dynamo.config.specialize_float = True
     for layer in adapter.decoder_layers(model):
         layer.compile(dynamic=True)
+
+
+def speed_up(model: PeftModel, *, compiled: bool) -> None:
+    """Compile the decoder's layers, or take fewer launches without."""
+    (compile_layers if compiled else fused_layers.fuse)(model)
 
 
 def train(
