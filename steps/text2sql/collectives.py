@@ -39,7 +39,18 @@ def joined() -> Iterator[None]:
         if not isinstance(error, Interrupted):  # for which all end together
             atexit.register(_leave)
         raise
+    for release in _releases:
+        release()
+    smallest(0)  # until all have
     dist.destroy_process_group()
+
+
+_releases: list[Callable[[], None]] = []
+
+
+def before_leaving(release: Callable[[], None]) -> None:
+    """Call something in every process at the end of `joined`, before any of them frees what it has."""
+    _releases.append(release)
 
 
 def _leave() -> None:

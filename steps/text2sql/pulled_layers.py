@@ -41,6 +41,7 @@ class PulledLayers:
         self.parts = read_by_all(mine)
         if self.parts is None:
             raise RuntimeError("GPUs that read each other's memory do not any more")
+        collectives.before_leaving(self.parts.clear)
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._before(i), prepend=True)
             layer.register_forward_hook(self._after(i))
@@ -128,17 +129,21 @@ def read_by_all(mine: torch.Tensor) -> list[torch.Tensor] | None:
         return copies
     handles: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(handles, _tried(lambda: reduce_tensor(mine)))
-    others = [None if one is None else _tried(lambda one=one: _opened(*one, mine.device)) for one in handles]
-    others[dist.get_rank()] = mine
+    found = [
+        mine
+        if i == dist.get_rank()
+        else handle and _tried(lambda handle=handle: _opened(*handle, mine.device))
+        for i, handle in enumerate(handles)
+    ]
     torch.cuda.synchronize()  # all have written theirs when all are here
-    return others if collectives.smallest(all(one is not None for one in others)) else None
+    return found if collectives.smallest(all(one is not None for one in found)) else None
 
 
 def _tried(share: Callable[[], Any]) -> Any:
     try:
         return share()
     except RuntimeError as error:
-        logger.warning("GPUs cannot read each other's memory: %s", error)
+        logger.warning("GPUs cannot read each other's memory: %s", str(error).splitlines()[0])
         return None
 
 

@@ -10,13 +10,13 @@ from steps.text2sql import collectives, ranks
 from steps.text2sql.device import operations_per_second
 from steps.text2sql.sql_model import pick_device
 
-# Compiling takes this long (32 layers of Mistral-7B on an H200, nothing cached: 12 and 19) and then saves this
-# share of the time (0.055 at 8 rows a step, 0.1 at 32).
+# Compiling takes this long (32 layers of Mistral-7B on an H200, nothing cached: 12 and 19) and then saves
+# this share of the time (0.055 at 8 rows a step, 0.1 at 32).
 COMPILE_SECONDS = 16
 COMPILE_SAVES = 0.08
 # Share of the device's product rate that a training reaches without being compiled: Mistral-7B on an H200
-# (0.5 to 0.55, and an H100 a fifth less), and the embedded base on two cores (0.3 to 0.6, which other programs
-# shared).
+# (0.5 to 0.55; H100s were a fifth slower), and the embedded base on two cores (0.3 to 0.6, which other
+# programs shared).
 USUAL_SHARE_OF_PEAK = {"cuda": 0.45, "cpu": 0.5}
 
 
