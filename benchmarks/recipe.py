@@ -44,10 +44,19 @@ from peft.tuners.lora import LoraLayer
 from scipy.stats import t as student
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainerCallback
 
-from benchmarks import correction
 from benchmarks.markdown import Table, print_table
 from benchmarks.train_throughput import attach_as_planned, project_lora
-from steps.text2sql import adapter, gradients, memory_plan, scoring, splits, tokenization, trainer, training
+from steps.text2sql import (
+    adapter,
+    correction,
+    gradients,
+    memory_plan,
+    scoring,
+    splits,
+    tokenization,
+    trainer,
+    training,
+)
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.device import describe_device
 from steps.text2sql.sql_execution import QueryError, check_query
@@ -81,7 +90,7 @@ class Recipe:
     the layer's inputs, arXiv 2410.07170), `gradient` (B is zero, and A those of the weight's gradient, which
     LoRA-GA begins with, arXiv 2407.05000), or on the largest directions of the weights (`pissa`, arXiv
     2404.02948) or of what quantizing loses (`loftq`, arXiv 2310.08659, one round). `corrected` is `lora` with
-    most of what quantizing changes taken back beside it (`benchmarks.correction`).
+    most of what quantizing changes taken back beside it (`steps.text2sql.correction`).
     """
 
     learning_rate: float | None = None
@@ -333,7 +342,9 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
     """Train by the same calls as the train step."""
     transformers.set_seed(seed)
     model, plan = load(recipe, data)
-    rule = training.learning_rate(adapter.count_parameters(model).frozen, steps)
+    rule = training.learning_rate(
+        adapter.count_parameters(model).frozen, steps, rank_stabilized=recipe.lora.get("use_rslora", False)
+    )
     if recipe.start == "corrected":  # after counting: it is no part of the base
         correction.add(model, load_base(EMBEDDED_BASE, "none"), data["train"])
     recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate or rule)

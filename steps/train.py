@@ -13,6 +13,7 @@ from steps.text2sql import (
     adapter,
     base_model,
     collectives,
+    correction,
     figures,
     gradients,
     launching,
@@ -161,6 +162,11 @@ def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDic
     described, data = prepared_data.load(params.dataset_uri)
     run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
     base_model.check_quantization(described.base_model, params.quantization)
+    if params.quantization_correction == "yes" and params.quantization == "none":
+        raise UserError(
+            "quantization_correction=yes: with quantization=none there is nothing to take back; "
+            "give quantization_correction=no."
+        )
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     return described, data
 
@@ -223,7 +229,24 @@ def load_model(
     run_log.log_settings("lora", model.peft_config["default"].to_dict())
     run_log.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     log_base(params, described, count)
+    if params.quantization_correction == "yes":
+        correct(params, described.base_model, model, data)
     return model, plan, count
+
+
+def correct(params: TrainParams, reference: str, model: PeftModel, data: datasets.DatasetDict) -> None:
+    """Take back most of what nf4 changes in the base; says how much is left. A checkpoint has it already.
+
+    Raises:
+        UserError: the base as it was published does not fit beside the quantized one.
+    """
+    if params.resume_from:
+        correction.attach(model)
+        return
+    base_model.check_room(reference, free_everywhere())
+    left = correction.add(model, load_base(reference, "none"), data["train"])
+    run_log.log_choices(correction=f"{left:.0%} of the squared error that nf4 makes in the outputs is left")
+    run_log.log_metrics(quantization_error_left=left)
 
 
 def free_everywhere() -> int:
@@ -239,6 +262,7 @@ def lora_settings(params: TrainParams) -> LoraConfig:
         alpha=params.lora_alpha,
         dropout=params.lora_dropout,
         target_modules=params.target_modules,
+        rank_stabilized=params.use_rslora == "yes",
     )
 
 
@@ -313,6 +337,7 @@ def trainer_settings(
         **chosen,
         lr_scheduler_type=params.lr_scheduler_type,
         weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
         logging_steps=params.logging_steps,
         seed=params.seed,
     )

@@ -92,6 +92,7 @@ def test_all_linear_leaves_the_output_layer_out(mistral):
 def test_settings_reach_peft_under_their_names():
     config = adapter.lora_config(r=8, alpha=24, dropout=0.1, target_modules="q_proj,v_proj")
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (8, 24, 0.1, "none")
+    assert not config.use_rslora
     assert config.target_modules == {"q_proj", "v_proj"}
 
 

@@ -13,7 +13,13 @@ from mlflow.artifacts import download_artifacts
 from steps.text2sql import resume, run_folder, training
 from tests.conftest import QUICK, Forked, call_step, failure, plain_rows, tracking_at, write_jsonl
 
-VALUES = QUICK | {"lora_dropout": 0.2, "max_steps": 9, "save_steps": 2}
+VALUES = QUICK | {
+    "lora_dropout": 0.2,
+    "max_steps": 9,
+    "save_steps": 2,
+    "quantization": "nf4",
+    "quantization_correction": "yes",
+}
 
 
 @pytest.fixture(autouse=True)

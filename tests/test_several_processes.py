@@ -115,6 +115,13 @@ def test_a_divided_4_bit_base_computes_what_a_whole_one_does(trained, tiny_base,
     assert trained(name).losses != pytest.approx(trained("fsdp").losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["corrected", "fsdp_corrected"])
+def test_a_correction_is_the_same_in_two_processes(trained, tiny_base, tmp_path, name):
+    alone = two_processes.train(tiny_base, tmp_path, quantization="nf4", corrected=True)
+    assert trained(name).losses == pytest.approx(alone["losses"], rel=1e-4)
+    assert same(trained(name).weights, load_file(tmp_path / "adapter-0.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["resumed", "fsdp_resumed", "pulled_resumed"])
 def test_two_processes_go_on_from_a_checkpoint_of_one(trained, name):
     assert trained(name).losses == pytest.approx(trained("single").losses[3:], rel=1e-4)

@@ -1,6 +1,7 @@
 """Training: rules behind `auto`, the Trainer's loss and gradients, reports, checkpoints."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -129,6 +130,14 @@ def test_no_number_is_an_input_of_a_compiled_layer(model, tokenizer, monkeypatch
 )
 def test_learning_rate_goes_through_its_points(parameters, steps, rate):
     assert training.learning_rate(parameters, steps) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("steps", [60, 500])
+def test_rank_stabilized_adapters_have_a_rate_of_their_own(steps):
+    rate = partial(training.learning_rate, steps=steps, rank_stabilized=True)
+    assert rate(135_000_000) == pytest.approx(5e-4)
+    plain = training.learning_rate(7_000_000_000, 500) / training.learning_rate(135_000_000, 500)
+    assert rate(7_000_000_000) == pytest.approx(5e-4 * plain)
 
 
 def test_learning_rate_is_a_power_law_between_them():

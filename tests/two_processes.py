@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from steps.text2sql import (
     adapter,
     collectives,
+    correction,
     gradients,
     memory_plan,
     ranks,
@@ -54,6 +55,8 @@ SCENARIOS = {
     "fsdp_dequantized": {"sharded": True, "quantization": "nf4", "dequantize": True},
     "fsdp_recompute": {"sharded": True, "recompute": True},
     "fsdp_compiled": {"sharded": True, "compiled": True},
+    "corrected": {"quantization": "nf4", "corrected": True},
+    "fsdp_corrected": {"quantization": "nf4", "corrected": True, "sharded": True},
     "pulled": {"sharded": True, "pulled": True},
     "pulled_resumed": {"sharded": True, "pulled": True, "go_on": "single/checkpoint-3"},
     "pulled_nf4": {"sharded": True, "pulled": True, "quantization": "nf4"},
@@ -101,6 +104,7 @@ def train(
     pulled=False,
     quantization="none",
     dequantize=False,
+    corrected=False,
     go_on="",
     stop_at=0,
     recompute=False,
@@ -116,6 +120,8 @@ def train(
     lora = adapter.lora_config(r=4, alpha=8, dropout=dropout, target_modules="all-linear")
     model = sql_model.load_base(str(base), quantization)
     model = adapter.attach(model.dequantize() if dequantize else model, lora)
+    if corrected:
+        correction.add(model, sql_model.load_base(str(base), "none"), rows(ROWS))
     tokenizer = sql_model.load_base_tokenizer(str(base))
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded)  # as accelerate says it
     gradients.Gradients.add = with_room(room)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from steps.text2sql import manifest
+from steps.text2sql import correction, manifest
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 
@@ -35,14 +36,20 @@ class ParameterCount(NamedTuple):
         return self.trainable / self.all
 
 
-def lora_config(*, r: int, alpha: float, dropout: float, target_modules: str) -> LoraConfig:
-    """LoRA (arXiv 2106.09685) as peft takes it; `target_modules` is `all-linear` or a comma list."""
+def lora_config(
+    *, r: int, alpha: float, dropout: float, target_modules: str, rank_stabilized: bool = False
+) -> LoraConfig:
+    """LoRA (arXiv 2106.09685) as peft takes it; `target_modules` is `all-linear` or a comma list.
+
+    Its scale is alpha / r, `rank_stabilized` (rsLoRA, arXiv 2312.03732) alpha / sqrt(r).
+    """
     modules = target_modules if target_modules == "all-linear" else target_modules.split(",")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=rank_stabilized,
         target_modules=modules,
         bias="none",
     )
@@ -119,6 +126,11 @@ def count_parameters(model: PeftModel) -> ParameterCount:
     return ParameterCount(*model.get_nb_trainable_parameters())
 
 
+def own(model: PeftModel) -> Iterator[torch.nn.Parameter]:
+    """All parameters that are not the base's, trained or not."""
+    return (parameter for name, parameter in model.named_parameters() if ".lora_" in name)
+
+
 def settings(folder: Path) -> dict[str, Any]:
     """The LoRA settings of a saved adapter, as peft wrote them."""
     return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -133,8 +145,13 @@ def save(
     """
     # Otherwise a path of this machine; register and the served model read the manifest.
     model.peft_config["default"].base_model_name_or_path = described.of_dataset.base_model
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(
+        folder, safe_serialization=True, save_embedding_layers=False, selected_adapters=[correction.TRAINED]
+    )
     (folder / "README.md").unlink()  # peft's card is an empty form
+    if correction.is_in(model):
+        save_file(correction.joined_weights(model), folder / WEIGHTS, metadata={"format": "pt"})
+        correction.joined_config(model).save_pretrained(folder)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)

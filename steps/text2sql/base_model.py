@@ -218,6 +218,20 @@ def memory_needed(reference: str, quantization: str) -> int:
     return held(skeleton(reference), quantization, torch.float32).bytes + WORKING_MEMORY_BYTES
 
 
+def check_room(reference: str, free: int) -> None:
+    """Refuse to load a base as it was published beside the quantized one where so many bytes are free.
+
+    Raises:
+        UserError: naming what is needed and what there is.
+    """
+    needed = held(skeleton(reference), "none", pick_device()[1]).bytes
+    if needed > free:
+        raise UserError(
+            f"quantization_correction=yes: reads {reference} once more, not quantized, which takes "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; give quantization_correction=no."
+        )
+
+
 def to_download(reference: str) -> int:
     """Bytes of weights that a training would fetch: those of a hub model that are not on this machine.
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from steps.text2sql import adapter, collectives, ranks
+from steps.text2sql import adapter, collectives, correction, ranks
 from steps.text2sql.errors import UserError
 from steps.text2sql.processes import on_signals
 
@@ -277,4 +277,4 @@ def load_weights(model: PeftModel, checkpoint: Path) -> None:
     Raises:
         RuntimeError: the shapes differ.
     """
-    set_peft_model_state_dict(model, load_file(checkpoint / adapter.WEIGHTS))
+    correction.load_weights(model, load_file(checkpoint / adapter.WEIGHTS))

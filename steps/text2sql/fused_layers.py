@@ -11,6 +11,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear, rms_norm
 
+from steps.text2sql import correction
+from steps.text2sql.correction import TRAINED
+
 # Of the largest values of a norm's outputs, which are rounded once less here.
 ROUNDING = 2e-2
 
@@ -21,35 +24,36 @@ def fuse(model: PeftModel) -> None:
     Adapted layers are those without dropout. Norms are those that do what `torch.nn.functional.rms_norm`
     does. Compiled layers are fused by the compiler.
     """
-    layers = [module for module in model.modules() if _is_plain(module)]
-    factors = Factors([one for layer in layers for one in _factors(layer)])
+    factors = Factors([module for module in model.modules() if _is_plain(module)])
     model.get_base_model().register_forward_pre_hook(lambda *_: factors.cast())
-    for i, layer in enumerate(layers):
-        layer.forward = partial(_adapted, layer, layer.forward, factors, 2 * i)
+    for i, layer in enumerate(factors.layers):
+        layer.forward = partial(_adapted, layer, layer.forward, factors, i)
     for norm in filter(_is_rms_norm, model.modules()):
         norm.forward = partial(_normed, norm, norm.forward)
 
 
 class Factors:
-    """LoRA's A and B of all layers in the type that is computed in, cast at once before each forward pass."""
+    """A (rank, inputs) and B (outputs, rank) of all layers in the type that is computed in, each with those
+    of a correction behind them; cast at once before each forward pass."""
 
-    def __init__(self, own: list[nn.Parameter]) -> None:
-        self.own = own
+    def __init__(self, layers: list[LoraLayer]) -> None:
+        self.layers = layers
         self.now: list[torch.Tensor] = []
+        self.trained: list[torch.Tensor] = []
 
     def cast(self) -> None:
         """Take over the values that the optimizer left."""
-        if not torch.is_grad_enabled() or not self.own:
+        own = [one.detach() for layer in self.layers for one in _trained(layer)]
+        if not torch.is_grad_enabled() or not own:
             return
-        device = self.own[0].device.type
-        own = [one.detach() for one in self.own]
-        if not torch.is_autocast_enabled(device):
-            self.now = own
-            return
-        dtype = torch.get_autocast_dtype(device)
+        device = own[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else own[0].dtype
         if not self.now or self.now[0].dtype != dtype:
-            self.now = [torch.empty_like(one, dtype=dtype) for one in own]
-        torch._foreach_copy_(self.now, own)
+            # Of a correction, which does not change, the values are taken here.
+            self.now = [one.detach().to(dtype) for layer in self.layers for one in _joined(layer)]
+            self.trained = [now[: len(one), : one.shape[1]] for now, one in zip(self.now, own, strict=True)]
+        torch._foreach_copy_(self.trained, own)
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -58,7 +62,8 @@ class AdaptedLinear(torch.autograd.Function):
 
     LoRA (arXiv 2106.09685) as peft computes it, but that sums are part of a product instead of passes of
     their own. `own` are the trained A and B, of which `down` and `up` are copies; their gradients are added
-    to those that they have. A weight of 4 bits is dequantized once for each pass, as in bitsandbytes.
+    to those that they have. Those may have more directions, which are not trained, behind the trained ones. A
+    weight of 4 bits is dequantized once for each pass, as in bitsandbytes.
     """
 
     @staticmethod
@@ -87,7 +92,8 @@ class AdaptedLinear(torch.autograd.Function):
         of_hidden, of_x = gradient @ up, None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ _weight(ctx.base, x.dtype)).addmm_(of_hidden, down, alpha=ctx.scale)
-        products = of_hidden.T @ x, gradient.T @ hidden
+        rank = len(ctx.own[0])
+        products = of_hidden[:, :rank].T @ x, gradient.T @ hidden[:, :rank]
         own = [_added(*pair, ctx.scale) for pair in zip(ctx.own, products, strict=True)]
         return of_x, None, None, None, None, *own
 
@@ -111,13 +117,13 @@ def _adapted(
     layer: LoraLayer,
     usual: Callable[..., torch.Tensor],
     factors: Factors,
-    at: int,
+    i: int,
     x: torch.Tensor,
 ) -> torch.Tensor:
     if not torch.is_grad_enabled():
         return usual(x)
-    down, up = factors.now[at : at + 2]
-    given = layer.base_layer, down, up, layer.scaling["default"], *_factors(layer)
+    down, up = factors.now[2 * i : 2 * i + 2]
+    given = layer.base_layer, down, up, layer.scaling[TRAINED], *_trained(layer)
     with torch.autocast(x.device.type, enabled=False):
         out = AdaptedLinear.apply(x.to(down.dtype).flatten(0, -2), *given)
     return out.unflatten(0, x.shape[:-1])
@@ -134,15 +140,21 @@ def _is_plain(module: nn.Module) -> bool:
     return (
         isinstance(module, LoraLayer)
         and type(module.base_layer) in (nn.Linear, Linear4bit)
-        and set(module.lora_A) == {"default"}
+        and module.lora_A.keys() <= {TRAINED, correction.NAME}
         and not module.lora_variant
-        and module.lora_B["default"].bias is None
-        and isinstance(module.lora_dropout["default"], nn.Identity)
+        and module.lora_B[TRAINED].bias is None
+        and isinstance(module.lora_dropout[TRAINED], nn.Identity)
     )
 
 
-def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+def _trained(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+
+
+def _joined(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without a correction those of the adapter."""
+    down, up = ([one.weight for one in factors.values()] for factors in (layer.lora_A, layer.lora_B))
+    return torch.cat(down), torch.cat(up, dim=1)
 
 
 def _epsilon(norm: nn.Module) -> float | None:

@@ -128,6 +128,19 @@ class TrainParams:
         Field(description="learning rate schedule"),
     ]
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="of AdamW")]
+    max_grad_norm: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="longer gradients are cut to this norm; 0: none")
+    ]
+    use_rslora: Annotated[
+        Literal["no", "yes"], Field(description="yes: LoRA scale is lora_alpha / sqrt(lora_r) instead")
+    ]
+    quantization_correction: Annotated[
+        Literal["no", "yes"],
+        Field(
+            description="yes: a frozen term beside the adapter, of its rank, takes back most of what nf4 "
+            "changes in the layers' outputs; the base is read once more for it, not quantized"
+        ),
+    ]
     optim: Annotated[
         Literal["auto", "paged_adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused"],
         Field(description="auto: adamw_torch_fused on CUDA, adamw_torch elsewhere"),

@@ -21,7 +21,7 @@ def shard(model: PeftModel) -> None:
     NaN (https://github.com/pytorch/pytorch/issues/159333).
     """
     layers = adapter.decoder_layers(model)
-    own = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    own = set(adapter.own(model))
     if gathers_fast() and pulled_layers.can_pull():
         pulled_layers.PulledLayers(layers, whole=own)
         return

@@ -3,16 +3,17 @@
 Quantizing adds an error E to each adapted layer's weights. Of all terms of its rank the correction C is the
 one for which the layer's outputs change least: with M the second moments of the layer's inputs, M = L L^T,
 the squared error |(E - C) L|^2 is least where C L is E L cut to its largest directions (QERA,
-arXiv 2410.06040; any root L will do). It is an adapter of its own, which is not trained.
+arXiv 2410.06040; any root L will do). While training it is an adapter of its own, which is not trained;
+saved, the two are one adapter of twice the rank, the trained directions first.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import datasets
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from transformers import PreTrainedModel
@@ -36,10 +37,7 @@ def add(model: PeftModel, original: PreTrainedModel, rows: datasets.Dataset) -> 
     first `ROWS` are read. Gives the share of the squared error of the layers' outputs that is left, the mean
     of all layers.
     """
-    lora = model.peft_config[TRAINED]
-    model.add_adapter(NAME, dataclasses.replace(lora, lora_alpha=lora.r, lora_dropout=0.0, use_rslora=False))
-    model.base_model.set_adapter([TRAINED, NAME])
-    model.set_requires_grad(NAME, False)
+    attach(model)
     left: list[torch.Tensor] = []
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     hooks = [
@@ -50,6 +48,52 @@ def add(model: PeftModel, original: PreTrainedModel, rows: datasets.Dataset) -> 
     for hook in hooks:
         hook.remove()
     return torch.stack(left).mean().item()
+
+
+def attach(model: PeftModel) -> None:
+    """Give an adapter a correction that is still to be set, by `add` or `load_weights`."""
+    model.add_adapter(NAME, dataclasses.replace(model.peft_config[TRAINED], lora_dropout=0.0))
+    model.base_model.set_adapter([TRAINED, NAME])
+    model.set_requires_grad(NAME, False)
+
+
+def is_in(model: PeftModel) -> bool:
+    """Whether an adapter has a correction."""
+    return NAME in model.peft_config
+
+
+def joined_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Adapter and correction as one adapter's weights, named as peft saves them."""
+    trained, fixed = (get_peft_model_state_dict(model, adapter_name=name) for name in (TRAINED, NAME))
+    return {name: torch.cat((one, fixed[name]), _rank_side(name)) for name, one in trained.items()}
+
+
+def joined_config(model: PeftModel) -> LoraConfig:
+    """Settings of that adapter: twice the rank, and the same scale."""
+    lora = model.peft_config[TRAINED]
+    alpha = lora.lora_alpha * (2**0.5 if lora.use_rslora else 2)
+    config = dataclasses.replace(lora, r=2 * lora.r, lora_alpha=alpha, inference_mode=True)
+    config.target_modules = sorted(config.target_modules)  # a set has another order in each process
+    return config
+
+
+def load_weights(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put an adapter's weights into a model with a correction, where they are joined, or without.
+
+    Raises:
+        RuntimeError: the shapes differ.
+    """
+    if not is_in(model):
+        set_peft_model_state_dict(model, dict(weights))
+        return
+    rank = model.peft_config[TRAINED].r
+    for name, start in ((TRAINED, 0), (NAME, rank)):
+        part = {key: one.narrow(_rank_side(key), start, rank) for key, one in weights.items()}
+        set_peft_model_state_dict(model, part, adapter_name=name)
+
+
+def _rank_side(name: str) -> int:
+    return 1 if ".lora_B." in name else 0
 
 
 def _read(model: PeftModel, rows: Sequence[Row]) -> None:
@@ -79,7 +123,7 @@ def _correct(
         found = least(error, given[0].flatten(0, -2).float(), rank=len(down))
     directions = len(found[0])  # a small layer has fewer than the rank; B is zero for the others
     down.data[:directions].copy_(found[0])
-    up.data[:, :directions].copy_(found[1])
+    up.data[:, :directions].copy_(found[1] / layer.scaling[NAME])
     left.append(found[2])
 
 
