@@ -36,6 +36,7 @@ LORA = {
     "r": 32,
     "lora_alpha": 64.0,
     "lora_dropout": 0.05,
+    "use_rslora": False,
     "target_modules": ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.v_proj"],
 }
 SCORES = {"execution_accuracy": Score(tuned=0.61, low=0.513, high=0.6996, base=0.02)}
@@ -43,6 +44,12 @@ SCORES = {"execution_accuracy": Score(tuned=0.61, low=0.513, high=0.6996, base=0
 
 def section(card: str, title: str) -> str:
     return card.split(f"## {title}\n\n")[1].split("\n## ")[0]
+
+
+def test_a_scale_by_the_root_of_the_rank_is_said():
+    recipe = section(model_card.render(DESCRIBED, LORA | {"use_rslora": True}, name="text2sql"), "Recipe")
+    assert "dropout 0.05, rank-stabilized\n" in recipe
+    assert "rank-stabilized" not in model_card.render(DESCRIBED, LORA, name="text2sql")
 
 
 def test_it_names_data_base_licence_recipe_limits_and_use():

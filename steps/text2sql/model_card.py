@@ -122,7 +122,8 @@ def _rows(counts: Mapping[str, int]) -> dict[str, int]:
 def _recipe(described: AdapterManifest, lora: Mapping[str, Any]) -> str:
     layers = ", ".join(sorted({name.split(".")[-1] for name in lora["target_modules"]}))
     return _list(
-        f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}",
+        f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}"
+        + (", rank-stabilized" if lora["use_rslora"] else ""),
         f"on {layers}",
         f"{described.global_step} of {described.max_steps} optimizer steps, rows of at most "
         f"{described.of_dataset.max_length} tokens",
