@@ -36,11 +36,12 @@ def joined() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Interrupted):  # for which all end together
+        if isinstance(error, Interrupted):  # for which all end together
+            _release()
+        else:
             atexit.register(_leave)
         raise
-    for release in _releases:
-        release()
+    _release()
     smallest(0)  # until all have
     dist.destroy_process_group()
 
@@ -51,6 +52,11 @@ _releases: list[Callable[[], None]] = []
 def before_leaving(release: Callable[[], None]) -> None:
     """Call something in every process at the end of `joined`, before any of them frees what it has."""
     _releases.append(release)
+
+
+def _release() -> None:
+    while _releases:
+        _releases.pop()()
 
 
 def _leave() -> None:
