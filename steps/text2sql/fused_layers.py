@@ -43,9 +43,9 @@ class Factors:
 
     def cast(self) -> None:
         """Take over the values that the optimizer left."""
-        own = [one.detach() for layer in self.layers for one in _trained(layer)]
-        if not torch.is_grad_enabled() or not own:
+        if not torch.is_grad_enabled() or not self.layers:
             return
+        own = [one.detach() for layer in self.layers for one in _trained(layer)]
         device = own[0].device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else own[0].dtype
