@@ -1,6 +1,7 @@
 """Layers that take fewer launches and passes over memory in training: LoRA, and RMS norms."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +17,8 @@ from steps.text2sql.correction import TRAINED
 
 # Of the largest values of a norm's outputs, which are rounded once less here.
 ROUNDING = 2e-2
+# What models call layers of one parent that read the same input.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse(model: PeftModel) -> None:
@@ -24,78 +27,140 @@ def fuse(model: PeftModel) -> None:
     Adapted layers are those without dropout. Norms are those that do what `torch.nn.functional.rms_norm`
     does. Compiled layers are fused by the compiler.
     """
-    factors = Factors([module for module in model.modules() if _is_plain(module)])
-    model.get_base_model().register_forward_pre_hook(lambda *_: factors.cast())
-    for i, layer in enumerate(factors.layers):
-        layer.forward = partial(_adapted, layer, layer.forward, factors, i)
+    groups = [SameInput(layers) for layers in _groups(model)]
+    model.get_base_model().register_forward_pre_hook(lambda *_: cast(groups))
+    for group in groups:
+        for i, layer in enumerate(group.layers):
+            layer.forward = partial(group.forward, i)
     for norm in filter(_is_rms_norm, model.modules()):
         norm.forward = partial(_normed, norm, norm.forward)
 
 
-class Factors:
-    """A (rank, inputs) and B (outputs, rank) of all layers in the type that is computed in, each with those
-    of a correction behind them; cast at once before each forward pass."""
+class SameInput:
+    """Adapted layers of one parent that read the same input: the first that is called computes all.
 
-    def __init__(self, layers: list[LoraLayer]) -> None:
+    `down` (ranks of all, inputs) and `ups` (outputs, rank) are their A and B in the type that is computed in,
+    each with those of a correction behind them.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.layers = layers
-        self.now: list[torch.Tensor] = []
-        self.trained: list[torch.Tensor] = []
+        self.bases = [layer.base_layer for layer in layers]
+        self.scale = layers[0].scaling[TRAINED]
+        self.own = [one for layer in layers for one in _trained(layer)]
+        self.ranks = [sum(one.out_features for one in layer.lora_A.values()) for layer in layers]
+        self.trained_ranks = [layer.lora_A[TRAINED].out_features for layer in layers]
+        self.down: torch.Tensor | None = None
+        self.ups: list[torch.Tensor] = []
+        self.copies: list[torch.Tensor] = []
+        self.usual = [layer.forward for layer in layers]
+        self.read: torch.Tensor | None = None
+        self.waiting: dict[int, torch.Tensor] = {}
+        self.blocks = list(_blocks(self.bases))
+        for block in self.blocks:
+            _lay_side_by_side(block)
 
-    def cast(self) -> None:
-        """Take over the values that the optimizer left."""
-        if not torch.is_grad_enabled() or not self.layers:
-            return
-        own = [one.detach() for layer in self.layers for one in _trained(layer)]
-        device = own[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else own[0].dtype
-        if not self.now or self.now[0].dtype != dtype:
-            # Of a correction, which does not change, the values are taken here.
-            self.now = [one.detach().to(dtype) for layer in self.layers for one in _joined(layer)]
-            self.trained = [now[: len(one), : one.shape[1]] for now, one in zip(self.now, own, strict=True)]
-        torch._foreach_copy_(self.trained, own)
+    @torch.no_grad()
+    def take(self, dtype: torch.dtype) -> None:
+        """Take all factors over in a type; those of a correction do not change afterwards.
+
+        `copies` are where those that are trained, `own`, are taken over to from now on.
+        """
+        self.down = torch.cat([one for layer in self.layers for one in _weights(layer.lora_A)]).to(dtype)
+        self.ups = [torch.cat(_weights(layer.lora_B), dim=1).to(dtype) for layer in self.layers]
+        parts = zip(self.down.split(self.ranks), self.ups, self.trained_ranks, strict=True)
+        self.copies = [part for down, up, rank in parts for part in (down[:rank], up[:, :rank])]
+
+    def forward(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Output of layer i."""
+        if not torch.is_grad_enabled():
+            return self.usual[i](x)
+        if x is not self.read or i not in self.waiting:
+            self.read, self.waiting = x, dict(enumerate(self._computed(x)))
+        out = self.waiting.pop(i)
+        if not self.waiting:
+            self.read = None
+        return out
+
+    def _computed(self, x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            outs = AdaptedLinears.apply(x.to(self.down.dtype).flatten(0, -2), self, *self.own)
+        return [out.unflatten(0, x.shape[:-1]) for out in outs]
 
 
-class AdaptedLinear(torch.autograd.Function):
-    """y = x W^T + b + scale (x A^T) B^T for x (tokens, inputs), W (outputs, inputs), A (rank, inputs) and
-    B (outputs, rank); W and b, of `base`, have no gradient.
+def cast(groups: Sequence[SameInput]) -> None:
+    """Take over the values that the optimizer left, of all layers at once, for a pass with gradients."""
+    if not torch.is_grad_enabled() or not groups:
+        return
+    device, usual = groups[0].own[0].device.type, groups[0].own[0].dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else usual
+    for group in groups:
+        if group.down is None or group.down.dtype != dtype:
+            group.take(dtype)
+    copies = [one for group in groups for one in group.copies]
+    torch._foreach_copy_(copies, [one.detach() for group in groups for one in group.own])
+
+
+class AdaptedLinears(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + scale (x A_i^T) B_i^T for layers i of one input; W_i and b_i have no gradient.
 
     LoRA (arXiv 2106.09685) as peft computes it, but that sums are part of a product instead of passes of
-    their own. `own` are the trained A and B, of which `down` and `up` are copies; their gradients are added
-    to those that they have. Those may have more directions, which are not trained, behind the trained ones. A
-    weight of 4 bits is dequantized once for each pass, as in bitsandbytes.
+    their own, and that products by all A_i are one. Gradients of `own`, A_i and B_i in turns, are added to
+    those that they have. Directions of a correction behind the trained ones have none. A weight of 4 bits is
+    dequantized once for each pass, as in bitsandbytes.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x: torch.Tensor,
-        base: nn.Linear,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        scale: float,
-        *own: nn.Parameter,
-    ) -> torch.Tensor:
-        """Outputs (tokens, outputs) in the type of x, which is that of `down` and `up`."""
-        hidden = x @ down.T
-        ctx.save_for_backward(x, hidden, down, up)
-        ctx.base, ctx.scale, ctx.own = base, scale, own
-        bias = None if base.bias is None else base.bias.to(x.dtype)
-        return linear(x, _weight(base, x.dtype), bias).addmm_(hidden, up.T, alpha=scale)
+        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, group: SameInput, *own: nn.Parameter
+    ) -> tuple[torch.Tensor, ...]:
+        """Outputs (tokens, outputs) for x (tokens, inputs), in its type, which is that of the copies."""
+        hidden = x @ group.down.T
+        ctx.save_for_backward(x, hidden)
+        ctx.group = group
+        parts = zip(_base_outputs(group, x), hidden.split(group.ranks, dim=1), group.ups, strict=True)
+        return tuple(out.addmm_(part, up.T, alpha=group.scale) for out, part, up in parts)
 
     @staticmethod
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+        ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradient of x; those of `own` where they have none yet."""
-        x, hidden, down, up = ctx.saved_tensors
-        of_hidden, of_x = gradient @ up, None
-        if ctx.needs_input_grad[0]:
-            of_x = (gradient @ _weight(ctx.base, x.dtype)).addmm_(of_hidden, down, alpha=ctx.scale)
-        rank = len(ctx.own[0])
-        products = of_hidden[:, :rank].T @ x, gradient.T @ hidden[:, :rank]
-        own = [_added(*pair, ctx.scale) for pair in zip(ctx.own, products, strict=True)]
-        return of_x, None, None, None, None, *own
+        group, (x, hidden) = ctx.group, ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden)
+        for part, *product in zip(of_hidden.split(group.ranks, dim=1), gradients, group.ups, strict=True):
+            torch.mm(*product, out=part)
+        of_x = _of_input(group, gradients, of_hidden) if ctx.needs_input_grad[0] else None
+        parts = zip(
+            (of_hidden.T @ x).split(group.ranks),
+            gradients,
+            hidden.split(group.ranks, dim=1),
+            group.trained_ranks,
+            strict=True,
+        )
+        found = [part for down, y, h, rank in parts for part in (down[:rank], y.T @ h[:, :rank])]
+        return of_x, None, *(_added(*pair, group.scale) for pair in zip(group.own, found, strict=True))
+
+
+def _of_input(group: SameInput, gradients: Sequence[torch.Tensor], of_hidden: torch.Tensor) -> torch.Tensor:
+    """Gradient of x, summed in the products."""
+    of_x = None
+    for gradient, base in zip(gradients, group.bases, strict=True):
+        weight = _weight(base, gradient.dtype)
+        of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
+    return of_x.addmm_(of_hidden, group.down, alpha=group.scale)
+
+
+def _base_outputs(group: SameInput, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    for block in group.blocks:
+        weight = _seen_as_one(block)
+        biases = [base.bias.to(x.dtype) for base in block if base.bias is not None]
+        if weight is not None and len(biases) in (0, len(block)):
+            out = linear(x, weight.to(x.dtype), torch.cat(biases) if biases else None)
+            yield from out.split([base.out_features for base in block], dim=1)
+            continue
+        for base in block:
+            yield linear(x, _weight(base, x.dtype), None if base.bias is None else base.bias.to(x.dtype))
 
 
 def _weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
@@ -111,22 +176,6 @@ def _added(parameter: nn.Parameter, gradient: torch.Tensor, scale: float) -> tor
         return gradient.to(parameter.dtype) * scale
     parameter.grad.add_(gradient, alpha=scale)
     return None
-
-
-def _adapted(
-    layer: LoraLayer,
-    usual: Callable[..., torch.Tensor],
-    factors: Factors,
-    i: int,
-    x: torch.Tensor,
-) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return usual(x)
-    down, up = factors.now[2 * i : 2 * i + 2]
-    given = layer.base_layer, down, up, layer.scaling[TRAINED], *_trained(layer)
-    with torch.autocast(x.device.type, enabled=False):
-        out = AdaptedLinear.apply(x.to(down.dtype).flatten(0, -2), *given)
-    return out.unflatten(0, x.shape[:-1])
 
 
 def _normed(norm: nn.Module, usual: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -151,10 +200,55 @@ def _trained(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
 
 
-def _joined(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without a correction those of the adapter."""
-    down, up = ([one.weight for one in factors.values()] for factors in (layer.lora_A, layer.lora_B))
-    return torch.cat(down), torch.cat(up, dim=1)
+def _weights(factors: nn.ModuleDict) -> list[torch.Tensor]:
+    return [one.weight for one in factors.values()]
+
+
+def _groups(model: PeftModel) -> Iterator[list[LoraLayer]]:
+    """Layers to compute together; most are alone."""
+    for parent in model.modules():
+        left = {name: child for name, child in parent.named_children() if _is_plain(child)}
+        for names in SAME_INPUT:
+            group = [left[name] for name in names if name in left]
+            if len({(one.base_layer.in_features, one.scaling[TRAINED]) for one in group}) == 1:
+                yield group
+                left = {name: child for name, child in left.items() if child not in group}
+        yield from ([layer] for layer in left.values())
+
+
+def _blocks(bases: Sequence[nn.Linear]) -> Iterator[list[nn.Linear]]:
+    """Layers to compute in one product: those of few outputs, such as keys and values that several query
+    heads share. Alone they do not fill a GPU."""
+    for is_narrow, some in itertools.groupby(bases, lambda base: base.out_features < base.in_features):
+        block = list(some)
+        yield from [block] if is_narrow else ([base] for base in block)
+
+
+@torch.no_grad()
+def _lay_side_by_side(bases: Sequence[nn.Linear]) -> None:
+    """Move whole weights of one type into one block of memory, one after the other."""
+    weights = [base.weight for base in bases]
+    kinds = {(type(one), one.dtype) for one in weights}
+    if len(kinds) > 1 or type(weights[0]) is not nn.Parameter or _seen_as_one(bases) is not None:
+        return
+    for one, part in zip(weights, torch.cat(weights).split([len(w) for w in weights]), strict=True):
+        one.data = part
+
+
+def _seen_as_one(bases: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Weights (outputs, inputs) that follow each other in memory as a view of all of it, without a copy."""
+    weights, first, end = [base.weight for base in bases], bases[0].weight, bases[0].weight.data_ptr()
+    for base, one in zip(bases, weights, strict=True):
+        is_plain = type(one) is nn.Parameter and type(base) is nn.Linear and one.is_contiguous()
+        follows = one.data_ptr() == end and _storage(one) == _storage(first) and one.dtype == first.dtype
+        if not (is_plain and follows):
+            return None
+        end += one.nbytes
+    return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+def _storage(weight: torch.Tensor) -> int:
+    return weight.untyped_storage().data_ptr()
 
 
 def _epsilon(norm: nn.Module) -> float | None:

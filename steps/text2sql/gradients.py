@@ -27,6 +27,7 @@ class Gradients:
     With `replay` the launches of forward and backward are recorded at the first pack of a shape, and later
     ones cost one launch: a step of a few thousand tokens is bound by launches otherwise (CUDA graphs,
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). That needs a model without dropout.
+    Recording takes a moment, and waits for the GPU; `before_recording` is called first.
     """
 
     def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype, replay: bool) -> None:
@@ -41,6 +42,7 @@ class Gradients:
                 self.flat.split([one.numel() for one in self.parameters]), self.parameters, strict=True
             )
         ]
+        self.before_recording: Callable[[], None] = lambda: None
         self.graphs: dict[tuple[int, ...], Callable[[Pack, torch.Tensor], torch.Tensor]] = {}
         self.forget_graphs()
 
@@ -57,6 +59,7 @@ class Gradients:
         shape = (pack.input_ids.shape[1], pack.answers.shape[0], pack.offsets.shape[0])
         if shape in self.graphs:
             return self.graphs[shape](pack, scale)
+        self.before_recording()
         held, held_scale = pack.to(self.device), scale.clone()
         loss = self._warm_up(held, held_scale)
         self.graphs[shape] = self._record(held, held_scale)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,9 +36,8 @@ class PulledLayers:
         size = -(-max(sum(map(_room, group)) for group in held) // unit) * unit
         self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.views: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        mine = torch.empty(len(layers), size // dist.get_world_size(), dtype=torch.uint8, device=device)
-        for i, group in enumerate(held):
-            mine[i] = self._moved(group, self.places[i % 2]).chunk(dist.get_world_size())[dist.get_rank()]
+        # Layer by layer, of which each is let go of: the base is never held one and a half times.
+        mine = [self._part(group, self.places[i % 2]) for i, group in enumerate(held)]
         self.parts = read_by_all(mine)
         if self.parts is None:
             raise RuntimeError("GPUs that read each other's memory do not any more")
@@ -45,6 +45,9 @@ class PulledLayers:
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._before(i), prepend=True)
             layer.register_forward_hook(self._after(i))
+
+    def _part(self, group: Sequence[torch.nn.Parameter], place: torch.Tensor) -> torch.Tensor:
+        return self._moved(group, place).chunk(dist.get_world_size())[dist.get_rank()].clone()
 
     def _moved(self, group: Sequence[torch.nn.Parameter], place: torch.Tensor) -> torch.Tensor:
         """Bytes of a layer, whose parameters are views of its place from now on."""
@@ -113,30 +116,32 @@ def _room(parameter: torch.Tensor) -> int:
 def can_pull() -> bool:
     """Whether all processes can read each other's GPU; a container or the machine may forbid it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return read_by_all(torch.empty(ALIGNED, dtype=torch.uint8, device=device)) is not None
+    return read_by_all([torch.empty(ALIGNED, dtype=torch.uint8, device=device)]) is not None
 
 
-def read_by_all(mine: torch.Tensor) -> list[torch.Tensor] | None:
-    """The tensors of all processes in order, of one shape; None where they cannot be read.
+def read_by_all(mine: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]] | None:
+    """The tensors of all processes in order, of the same shapes; None where they cannot be read.
 
     On GPUs each is where it is, in the memory of another GPU, and is read without help of its process (CUDA's
     inter-process memory, https://docs.pytorch.org/docs/stable/multiprocessing.html); it has to be kept there.
     On the CPU they are copies.
     """
-    if not mine.is_cuda:
-        copies = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(copies, mine)
-        return copies
+    if not mine[0].is_cuda:
+        return list(zip(*map(_copies, mine), strict=True))
     handles: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(handles, _tried(lambda: reduce_tensor(mine)))
+    dist.all_gather_object(handles, _tried(lambda: [reduce_tensor(one) for one in mine]))
     found = [
-        mine
-        if i == dist.get_rank()
-        else handle and _tried(lambda handle=handle: _opened(*handle, mine.device))
-        for i, handle in enumerate(handles)
+        mine if i == dist.get_rank() else given and _tried(partial(_opened, given, mine[0].device))
+        for i, given in enumerate(handles)
     ]
     torch.cuda.synchronize()  # all have written theirs when all are here
     return found if collectives.smallest(all(one is not None for one in found)) else None
+
+
+def _copies(mine: torch.Tensor) -> list[torch.Tensor]:
+    copies = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, mine)
+    return copies
 
 
 def _tried(share: Callable[[], Any]) -> Any:
@@ -147,8 +152,13 @@ def _tried(share: Callable[[], Any]) -> Any:
         return None
 
 
-def _opened(rebuild: Callable[..., torch.Tensor], given: tuple[Any, ...], here: torch.device) -> torch.Tensor:
-    """A tensor of another process, as one of the device that reads it: copies are then this device's work."""
-    bound = inspect.signature(rebuild).bind(*given)
-    bound.arguments["storage_device"] = here.index
-    return rebuild(*bound.args)
+def _opened(
+    given: Sequence[tuple[Callable[..., torch.Tensor], tuple]], here: torch.device
+) -> list[torch.Tensor]:
+    """Tensors of another process, as those of the device that reads: copies are then this device's work."""
+    opened = []
+    for rebuild, values in given:
+        bound = inspect.signature(rebuild).bind(*values)
+        bound.arguments["storage_device"] = here.index
+        opened.append(rebuild(*bound.args))
+    return opened

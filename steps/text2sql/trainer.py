@@ -61,6 +61,8 @@ class PackedTrainer(ResumableTrainer):
         )
         self.has_halved = False
         self._log_waiting: Callable[[], None] = lambda: None
+        # Else its time would count as that of the steps before.
+        self.gradients.before_recording = lambda: self._log_waiting()
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of rows, unpadded and not divided among processes."""
