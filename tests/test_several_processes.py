@@ -102,9 +102,10 @@ def test_the_base_is_divided_in_two_with_fsdp_alone(trained):
 
 
 @pytest.mark.parametrize("name", ["pulled", "pulled_nf4", "pulled_dequantized"])
-def test_layers_that_are_pulled_take_two_places_in_turns(trained, name):
-    assert [trained(name, i).places for i in (0, 1)] == [2, 2]
-    assert trained("ddp").places > 2 * two_processes.LAYERS
+def test_matrices_of_others_take_two_places_in_turns(trained, name):
+    kept = two_processes.LAYERS  # a block for each layer
+    assert [trained(name, i).places for i in (0, 1)] == [kept + 2, kept + 2]
+    assert trained("ddp").places > 2 * kept + 2
 
 
 @pytest.mark.parametrize("name", ["fsdp_nf4", "fsdp_dequantized", "pulled_nf4", "pulled_dequantized"])

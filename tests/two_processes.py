@@ -200,10 +200,10 @@ def share_divided(model: torch.nn.Module) -> float:
 
 
 def places(model: torch.nn.Module) -> int:
-    """In how many places of memory the decoder's layers are; those of other parameters are not counted."""
+    """In how many blocks of memory the frozen matrices of the decoder's layers are."""
     layers = adapter.decoder_layers(model)
-    frozen = [one for one in layers.parameters() if not one.requires_grad and not isinstance(one, DTensor)]
-    return len({one.untyped_storage().data_ptr() for one in frozen})
+    frozen = [one for one in layers.parameters() if not one.requires_grad and one.dim() > 1]
+    return len({one.untyped_storage().data_ptr() for one in frozen if not isinstance(one, DTensor)})
 
 
 @contextmanager

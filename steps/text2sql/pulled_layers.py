@@ -1,8 +1,9 @@
 """A frozen base divided among the GPUs of a machine, whose layers are put together one ahead."""
 
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -14,30 +15,34 @@ from steps.text2sql import collectives
 
 logger = logging.getLogger(__name__)
 
-# Bytes at whose multiples a layer's parameters begin.
+# Bytes at whose multiples parameters begin.
 ALIGNED = 256
 
 
 class PulledLayers:
-    """Keeps a part of every layer's frozen parameters; puts a layer together while the one before it runs.
+    """Keeps some of the frozen matrices of every layer; gets the others while the layer before it runs.
 
-    All but those of `whole` are divided. The parts never change, so each process reads those of the others
-    when it likes: processes wait for each other for nothing, and GPUs copy beside their computing. Layer i is
-    put together in place i % 2, of which its parameters are views. It is what fully sharded data parallelism
-    does by collectives, which take processors of the GPU, for parameters that are trained.
+    The parts never change, so each process reads those of the others when it likes: processes wait for each
+    other for nothing, and GPUs copy beside their computing. Matrices are divided whole, so that those that
+    are here stay where they are; those of `whole` and vectors are not. Others of layer i come to place i % 2,
+    of which its parameters are views. It is what fully sharded data parallelism does by collectives, which
+    take processors of the GPU, for parameters that are trained.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], *, whole: Set[torch.nn.Parameter]) -> None:
         self.last = len(layers) - 1
-        held = [[one for one in layer.parameters() if one not in whole] for layer in layers]
+        held = [[p for p in layer.parameters() if p not in whole and p.dim() > 1] for layer in layers]
+        shares = divided(held)
+        size = max(sum(map(_room, share)) - _room(share[dist.get_rank()]) for share in shares)
         device = held[0][0].device
         self.side = torch.cuda.Stream() if device.type == "cuda" else None
-        unit = dist.get_world_size() * ALIGNED
-        size = -(-max(sum(map(_room, group)) for group in held) // unit) * unit
-        self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.views: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         # Layer by layer, of which each is let go of: the base is never held one and a half times.
-        mine = [self._part(group, self.places[i % 2]) for i, group in enumerate(held)]
+        mine, self.gets = [], []
+        for i, share in enumerate(shares):
+            mine.append(self._kept(share[dist.get_rank()], device))
+            self.gets.append(self._come_to(places[i % 2], share))
         self.parts = read_by_all(mine)
         if self.parts is None:
             raise RuntimeError("GPUs that read each other's memory do not any more")
@@ -46,27 +51,38 @@ class PulledLayers:
             layer.register_forward_pre_hook(self._before(i), prepend=True)
             layer.register_forward_hook(self._after(i))
 
-    def _part(self, group: Sequence[torch.nn.Parameter], place: torch.Tensor) -> torch.Tensor:
-        return self._moved(group, place).chunk(dist.get_world_size())[dist.get_rank()].clone()
+    def _kept(self, parameters: Sequence[torch.nn.Parameter], device: torch.device) -> torch.Tensor:
+        """Move parameters into one block of memory, for others to read."""
+        block = torch.empty(_room(parameters), dtype=torch.uint8, device=device)
+        for one, view in zip(parameters, _views(parameters, block), strict=True):
+            self._show(one, view.copy_(one.data))
+        return block
 
-    def _moved(self, group: Sequence[torch.nn.Parameter], place: torch.Tensor) -> torch.Tensor:
-        """Bytes of a layer, whose parameters are views of its place from now on."""
-        whole, start = torch.zeros_like(place), 0
-        for one in group:
-            raw = one.data.contiguous().view(-1).view(torch.uint8)
-            whole[start : start + raw.numel()] = raw
-            one.data = place[start : start + raw.numel()].view(one.dtype).view(one.shape)
-            self.views.append((one, one.data))
-            start += _room(one)
-        return whole
+    def _come_to(
+        self, place: torch.Tensor, share: Sequence[Sequence[torch.nn.Parameter]]
+    ) -> list[tuple[int, torch.Tensor]]:
+        """Make parameters of others views of a place; ranks, with the room there for what is theirs."""
+        rooms, start = [], 0
+        for rank, parameters in enumerate(share):
+            if rank == dist.get_rank():
+                continue
+            rooms.append((rank, place[start : start + _room(parameters)]))
+            start += _room(parameters)
+            for one, view in zip(parameters, _views(parameters, rooms[-1][1]), strict=True):
+                self._show(one, view)
+        return rooms
+
+    def _show(self, parameter: torch.nn.Parameter, view: torch.Tensor) -> None:
+        parameter.data = view
+        self.views.append((parameter, view))
 
     def _pull(self, i: int) -> None:
-        """Begin to put layer i together; its place is free once all that was launched before is done."""
+        """Begin to get layer i; its place is free once all that was launched before is done."""
         if self.side:
             self.side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.side):  # of no effect without one
-            for part, theirs in zip(self.places[i % 2].chunk(len(self.parts)), self.parts, strict=True):
-                part.copy_(theirs[i], non_blocking=True)
+            for rank, room in self.gets[i]:
+                room.copy_(self.parts[rank][i], non_blocking=True)
 
     def _wait(self) -> None:
         if self.side:
@@ -109,7 +125,33 @@ class PulledLayers:
         return forward
 
 
-def _room(parameter: torch.Tensor) -> int:
+def divided(held: Sequence[Sequence[torch.nn.Parameter]]) -> list[list[list[torch.nn.Parameter]]]:
+    """For each layer's parameters those that each process keeps, in their order; bytes are as even as whole
+    parameters allow: each, the largest of a layer first, goes to the process that has the least."""
+    kept = [0] * dist.get_world_size()
+    shares = []
+    for group in held:
+        keepers = {}
+        for one in sorted(group, key=lambda one: one.nbytes, reverse=True):
+            keepers[one] = kept.index(min(kept))
+            kept[keepers[one]] += one.nbytes
+        shares.append([[one for one in group if keepers[one] == rank] for rank in range(len(kept))])
+    return shares
+
+
+def _views(parameters: Sequence[torch.nn.Parameter], block: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Where in a block each is, as it is."""
+    starts = itertools.accumulate((_aligned(one) for one in parameters), initial=0)
+    for one, start in zip(parameters, starts, strict=False):
+        yield block[start : start + one.nbytes].view(one.dtype).view(one.shape)
+
+
+def _room(parameters: Sequence[torch.nn.Parameter]) -> int:
+    """Bytes of a block; not none, which could not be shared."""
+    return sum(map(_aligned, parameters)) or ALIGNED
+
+
+def _aligned(parameter: torch.nn.Parameter) -> int:
     return -(-parameter.nbytes // ALIGNED) * ALIGNED
 
 
@@ -120,28 +162,24 @@ def can_pull() -> bool:
 
 
 def read_by_all(mine: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]] | None:
-    """The tensors of all processes in order, of the same shapes; None where they cannot be read.
+    """The tensors of all processes in order; None where they cannot be read.
 
     On GPUs each is where it is, in the memory of another GPU, and is read without help of its process (CUDA's
     inter-process memory, https://docs.pytorch.org/docs/stable/multiprocessing.html); it has to be kept there.
     On the CPU they are copies.
     """
+    given: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        given, _tried(lambda: [reduce_tensor(one) for one in mine]) if mine[0].is_cuda else mine
+    )
     if not mine[0].is_cuda:
-        return list(zip(*map(_copies, mine), strict=True))
-    handles: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(handles, _tried(lambda: [reduce_tensor(one) for one in mine]))
+        return given
     found = [
-        mine if i == dist.get_rank() else given and _tried(partial(_opened, given, mine[0].device))
-        for i, given in enumerate(handles)
+        mine if i == dist.get_rank() else handles and _tried(partial(_opened, handles, mine[0].device))
+        for i, handles in enumerate(given)
     ]
     torch.cuda.synchronize()  # all have written theirs when all are here
     return found if collectives.smallest(all(one is not None for one in found)) else None
-
-
-def _copies(mine: torch.Tensor) -> list[torch.Tensor]:
-    copies = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(copies, mine)
-    return copies
 
 
 def _tried(share: Callable[[], Any]) -> Any:
