@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from steps.text2sql import adapter, memory_plan, sql_model, trainer, training, validations
+from steps.text2sql import adapter, device, memory_plan, sql_model, trainer, training, validations
 from steps.text2sql.checkpoints import Checkpoints
 from steps.text2sql.training_speed import Speed
 from tests.recorded import Recorded
@@ -367,17 +367,19 @@ def reporter(monkeypatch):
         SimpleNamespace(global_step=0, num_input_tokens_seen=0, max_steps=11, log_history=[]),
         [],
     )
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: clock.now))
     # 1,000 operations a token, of 10,000 that the device does in a second.
     speed = Speed(frozen_parameters=250, operations_per_second=1e4)
     found = training.Reporter(lambda metrics, step: logged.append((step, metrics)), batch_size=4, speed=speed)
     found.on_train_begin(None, state, None)
 
-    def log(*, at, step, tokens, **logs):
+    def log(*, at, step, tokens, later=0, **logs):
         clock.now, state.global_step, state.num_input_tokens_seen = at, step, tokens
+        found.on_step_end(None, state, None)
+        clock.now += later
         found.on_log(None, state, None, logs=logs)
 
-    return SimpleNamespace(reporter=found, log=log, logged=logged)
+    return SimpleNamespace(reporter=found, log=log, logged=logged, clock=clock, state=state)
 
 
 def test_a_report_has_the_projects_names(reporter):
@@ -401,6 +403,20 @@ def test_speeds_are_those_since_the_last_report(reporter):
     reporter.log(at=112, step=5, tokens=600, loss=1.0)
     speeds = [(m["samples_per_second"], m["tokens_per_second"]) for _, m in reporter.logged]
     assert speeds == [(2 * 4 / 10, 500 / 10), (3 * 4 / 2, 100 / 2)]
+
+
+def test_what_comes_between_the_end_of_a_step_and_its_report_counts_for_the_steps_after(reporter):
+    reporter.log(at=110, later=5, step=2, tokens=500, loss=2.0)
+    reporter.log(at=120, step=4, tokens=600, loss=1.0)
+    assert [m["samples_per_second"] for _, m in reporter.logged] == [2 * 4 / 10, 2 * 4 / 10]
+
+
+def test_a_validation_is_not_counted(reporter):
+    reporter.log(at=110, step=2, tokens=500, loss=2.0)
+    reporter.clock.now = 130
+    reporter.reporter.on_evaluate(None, reporter.state, None)
+    reporter.log(at=131, step=4, tokens=600, loss=1.0)
+    assert reporter.logged[-1][1]["samples_per_second"] == 2 * 4
 
 
 def test_a_validation_loss_is_reported_alone(reporter):

@@ -35,6 +35,23 @@ def has_nvlink() -> bool:
         return False
 
 
+class Moment:
+    """When the device is done with all that it was given so far: a GPU may be a step behind its process."""
+
+    def __init__(self) -> None:
+        self.time = time.monotonic()
+        self.event = torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else None
+        if self.event:
+            self.event.record()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Seconds between two moments; waits until the GPU is there."""
+        if not self.event:
+            return self.time - earlier.time
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
 def peak_memory_gib() -> float:
     """Most memory held so far, in GiB: PyTorch's on the GPU, the resident set of this process on a CPU."""
     if torch.cuda.is_available():

@@ -1,7 +1,6 @@
 """Training: settings, the Trainer, and what it reports while it runs."""
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from steps.text2sql import adapter, collectives, fused_layers, packed_attention, validations
 from steps.text2sql.checkpoints import Checkpoints, spread_random_state
-from steps.text2sql.device import peak_memory_gib
+from steps.text2sql.device import Moment, peak_memory_gib
 from steps.text2sql.errors import UserError
 from steps.text2sql.memory_plan import Plan
 from steps.text2sql.sql_model import pick_device
@@ -114,9 +113,13 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; the curves of a training that goes on begin with what it had reported before."""
-        self._restart(state)
+        self._restart(state, Moment())
         for entry in state.log_history:
             self._report(entry, entry["step"], {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when, since the step may be reported amid the next."""
+        self.step_ended = Moment()
 
     def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
         """Report a point of the loss curve, or a validation loss."""
@@ -136,19 +139,15 @@ class Reporter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restart the clock, so that speeds are those of training."""
-        self._restart(state)
+        self._restart(state, Moment())
 
-    def _restart(self, state: Any) -> None:
-        self.time, self.step, self.tokens = (
-            time.monotonic(),
-            state.global_step,
-            int(state.num_input_tokens_seen),
-        )
+    def _restart(self, state: Any, moment: Moment) -> None:
+        self.since, self.step, self.tokens = moment, state.global_step, int(state.num_input_tokens_seen)
 
     def _speed(self, state: Any) -> dict[str, float]:
-        seconds = time.monotonic() - self.time
+        seconds = self.step_ended.seconds_since(self.since)
         steps, tokens = state.global_step - self.step, int(state.num_input_tokens_seen) - self.tokens
-        self._restart(state)
+        self._restart(state, self.step_ended)
         return {
             "samples_per_second": steps * self.batch_size / seconds,
             "tokens_per_second": tokens / seconds,
