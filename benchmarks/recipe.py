@@ -94,12 +94,12 @@ class Recipe:
     """
 
     learning_rate: float | None = None
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: str = "linear"
     warmup_share: float = 0.05
     quantization: str = "nf4"
-    start: str = "lora"
-    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: str = "corrected"
+    lora: dict[str, Any] = dataclasses.field(default_factory=lambda: {"use_rslora": True})
+    settings: dict[str, Any] = dataclasses.field(default_factory=lambda: {"max_grad_norm": 0.3})
     optimizer: Literal["adamw", "muon", "riemannian"] = "adamw"
     loraplus_ratio: float = 1.0
     averaged_share: float = 0.0
@@ -112,7 +112,7 @@ RATES = (2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 8e-3)
 RECIPES: dict[str, dict[str, Any]] = {
     "defaults": {},
     **{f"learning rate {rate:g}": {"learning_rate": rate} for rate in RATES},
-    "linear": {"lr_scheduler_type": "linear"},
+    "cosine": {"lr_scheduler_type": "cosine"},
     "constant after warm-up": {"lr_scheduler_type": "constant_with_warmup"},
     "no warm-up": {"warmup_share": 0.0},
     "warm-up 10 %": {"warmup_share": 0.1},
@@ -123,31 +123,33 @@ RECIPES: dict[str, dict[str, Any]] = {
     "r=64, alpha=128": {"lora": {"r": 64, "lora_alpha": 128}},
     "dropout 0.05": {"lora": {"lora_dropout": 0.05}},
     "weight decay 0.1": {"settings": {"weight_decay": 0.1}},
-    "clip 0.3": {"settings": {"max_grad_norm": 0.3}},
+    "clip 1.0": {"settings": {"max_grad_norm": 1.0}},
     "no clipping": {"settings": {"max_grad_norm": 0.0}},
     "beta2 0.99": {"settings": {"adam_beta2": 0.99}},
     **{f"LoRA+ {ratio:g}": {"loraplus_ratio": ratio} for ratio in (2.0, 4.0, 8.0, 16.0)},
     "Muon": {"optimizer": "muon"},
     "Riemannian": {"optimizer": "riemannian"},
-    "rsLoRA": {"lora": {"use_rslora": True}},
+    "plain scale": {"lora": {"use_rslora": False}},
     "DoRA": {"lora": {"use_dora": True}},
     "PiSSA": {"start": "pissa"},
     "LoftQ": {"start": "loftq"},
     "EVA": {"start": "eva", "lora": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}},
     "gradient": {"start": "gradient"},
-    "corrected": {"start": "corrected"},
+    "not corrected": {"start": "lora"},
     "NEFTune 5": {"settings": {"neftune_noise_alpha": 5.0}},
     "NEFTune 15": {"settings": {"neftune_noise_alpha": 15.0}},
     "balanced lengths": {"balanced_lengths": True},
     "joins 3 times": {"join_repeats": 3},
     "mean of last 20 %": {"averaged_share": 0.2},
     "mean of last 40 %": {"averaged_share": 0.4},
-    "not quantized": {"quantization": "none"},
+    "not quantized": {"quantization": "none", "start": "lora"},
     "loss on prompts too": {"learns": "all"},
     "tutorial": {
         "learning_rate": 2e-5,
         "lr_scheduler_type": "constant",
-        "lora": {"lora_dropout": 0.1},
+        "start": "lora",
+        "lora": {"lora_dropout": 0.1, "use_rslora": False},
+        "settings": {"max_grad_norm": 1.0},
         "learns": "all but EOS",
     },
 }
@@ -155,7 +157,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def recipe_of(name: str) -> Recipe:
     """One of `RECIPES`, or several of them at once: "EVA & learning rate 0.002"."""
-    found: dict[str, Any] = {"lora": {}, "settings": {}}
+    found: dict[str, Any] = {"lora": Recipe().lora, "settings": Recipe().settings}
     for part in name.split(" & "):
         for field, value in RECIPES[part].items():
             found[field] = found[field] | value if isinstance(value, dict) else value
@@ -343,7 +345,7 @@ def train(recipe: Recipe, data: datasets.DatasetDict, *, steps: int, seed: int) 
     transformers.set_seed(seed)
     model, plan = load(recipe, data)
     rule = training.learning_rate(
-        adapter.count_parameters(model).frozen, steps, rank_stabilized=recipe.lora.get("use_rslora", False)
+        adapter.count_parameters(model).frozen, steps, rank_stabilized=recipe.lora["use_rslora"]
     )
     if recipe.start == "corrected":  # after counting: it is no part of the base
         correction.add(model, load_base(EMBEDDED_BASE, "none"), data["train"])

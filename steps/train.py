@@ -95,13 +95,16 @@ def open_outputs(
 ) -> Outputs | NoOutputs:
     """Where adapter, checkpoints and curves go."""
     resolved = {name: getattr(settings, name) for name in RESOLVED}
+    resolved["quantization_correction"] = "yes" if correction.is_in(model) else "no"
     recipe = resume.recipe_of(vars(params), resolved, vars(described))
     if not ranks.is_first():
         return NoOutputs(model, recipe)
     return Outputs(
         model,
         tokenizer,
-        lambda step: AdapterManifest(params.quantization, step, settings.max_steps, vars(described)),
+        lambda step: AdapterManifest(
+            params.quantization, step, settings.max_steps, vars(described), correction.is_in(model)
+        ),
         recipe=recipe,
         keep=params.keep_checkpoints,
     )
@@ -229,9 +232,15 @@ def load_model(
     run_log.log_settings("lora", model.peft_config["default"].to_dict())
     run_log.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     log_base(params, described, count)
-    if params.quantization_correction == "yes":
+    if is_corrected(params, count):
         correct(params, described.base_model, model, data)
     return model, plan, count
+
+
+def is_corrected(params: TrainParams, count: ParameterCount) -> bool:
+    """Whether what nf4 changes in the base is taken back."""
+    given = params.quantization_correction
+    return correction.is_due(given, quantization=params.quantization, parameters=count.frozen)
 
 
 def correct(params: TrainParams, reference: str, model: PeftModel, data: datasets.DatasetDict) -> None:
@@ -243,7 +252,7 @@ def correct(params: TrainParams, reference: str, model: PeftModel, data: dataset
     if params.resume_from:
         correction.attach(model)
         return
-    base_model.check_room(reference, free_everywhere())
+    base_model.check_room(reference, params.quantization_correction, free_everywhere())
     left = correction.add(model, load_base(reference, "none"), data["train"])
     run_log.log_choices(correction=f"{left:.0%} of the squared error that nf4 makes in the outputs is left")
     run_log.log_metrics(quantization_error_left=left)
@@ -272,6 +281,7 @@ def log_base(params: TrainParams, described: DatasetManifest, count: ParameterCo
         device=describe_device(),
         processes=ranks.describe(),
         base_model=f"{described.base_model}, quantization {params.quantization}",
+        quantization_correction="yes" if is_corrected(params, count) else "no",
         trainable=f"{count.trainable:,} of {count.all:,} parameters ({count.share:.2%})",
     )
     run_log.log_metrics(

@@ -90,7 +90,7 @@ def test_recipes_are_trained_and_scored_over_seeds(tiny_base, recipe_rows, tmp_p
         "EVA",
         "gradient",
         "LoftQ",
-        "corrected",
+        "not corrected & plain scale & cosine & clip 1.0",
         "LoRA+ 4 & learning rate 0.002",
         "balanced lengths",
         "mean of last 20 %",

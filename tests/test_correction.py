@@ -186,11 +186,26 @@ def test_a_base_that_is_not_quantized_has_nothing_to_take_back(dataset_uri):
     assert "give quantization_correction=no" in message
 
 
-def test_a_base_that_does_not_fit_once_more_is_refused(tiny_base):
+@pytest.mark.parametrize("given", ["auto", "yes"])
+def test_a_base_that_does_not_fit_once_more_is_refused(tiny_base, given):
     numbers = sum(one.numel() for one in sql_model.load_base(str(tiny_base), "none").parameters())
-    base_model.check_room(str(tiny_base), numbers * 4)
-    with pytest.raises(UserError, match=r"GiB are free; give quantization_correction=no"):
-        base_model.check_room(str(tiny_base), numbers * 4 - 1)
+    base_model.check_room(str(tiny_base), given, numbers * 4)
+    with pytest.raises(UserError, match=rf"correction={given}: .* are free; give quantization_correction=no"):
+        base_model.check_room(str(tiny_base), given, numbers * 4 - 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "quantization", "parameters", "expected"),
+    [
+        ("auto", "nf4", 10**9, True),
+        ("auto", "nf4", 10**9 + 1, False),
+        ("auto", "none", 10**8, False),
+        ("yes", "nf4", 7 * 10**9, True),
+        ("no", "nf4", 10**8, False),
+    ],
+)
+def test_small_bases_in_4_bits_are_corrected_unless_told_otherwise(given, quantization, parameters, expected):
+    assert correction.is_due(given, quantization=quantization, parameters=parameters) == expected
 
 
 def test_a_step_trains_with_it_and_says_what_is_left(dataset_uri, tiny_base):

@@ -1,5 +1,7 @@
 """The model card: what it says of a version, with and without scores."""
 
+import dataclasses
+
 import mlflow
 import pytest
 from mlflow.artifacts import load_text
@@ -50,6 +52,16 @@ def test_a_scale_by_the_root_of_the_rank_is_said():
     recipe = section(model_card.render(DESCRIBED, LORA | {"use_rslora": True}, name="text2sql"), "Recipe")
     assert "dropout 0.05, rank-stabilized\n" in recipe
     assert "rank-stabilized" not in model_card.render(DESCRIBED, LORA, name="text2sql")
+
+
+def test_a_correction_is_told_from_what_is_trained():
+    corrected = dataclasses.replace(DESCRIBED, corrected=True)
+    recipe = section(model_card.render(corrected, LORA, name="text2sql"), "Recipe")
+    assert (
+        "rank 32, alpha 64, dropout 0.05; half of the rank is trained, half takes back what nf4 changes\n"
+        in recipe
+    )
+    assert "half of the rank" not in model_card.render(DESCRIBED, LORA, name="text2sql")
 
 
 def test_it_names_data_base_licence_recipe_limits_and_use():

@@ -150,7 +150,7 @@ def test_all_problems_come_in_one_message_a_line_each():
         ("train", "max_grad_norm", "-1", "greater than or equal to 0"),
         ("train", "max_grad_norm", "inf", "finite number"),
         ("train", "use_rslora", "True", "'no' or 'yes'"),
-        ("train", "quantization_correction", "auto", "'no' or 'yes'"),
+        ("train", "quantization_correction", "True", "'auto', 'no' or 'yes'"),
         ("train", "optim", "sgd", "'auto'"),
         ("train", "gradient_checkpointing", "True", "'auto', 'yes' or 'no'"),
         ("train", "save_steps", "0", "greater than or equal to 1"),

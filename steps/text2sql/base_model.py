@@ -218,7 +218,7 @@ def memory_needed(reference: str, quantization: str) -> int:
     return held(skeleton(reference), quantization, torch.float32).bytes + WORKING_MEMORY_BYTES
 
 
-def check_room(reference: str, free: int) -> None:
+def check_room(reference: str, quantization_correction: str, free: int) -> None:
     """Refuse to load a base as it was published beside the quantized one where so many bytes are free.
 
     Raises:
@@ -227,8 +227,9 @@ def check_room(reference: str, free: int) -> None:
     needed = held(skeleton(reference), "none", pick_device()[1]).bytes
     if needed > free:
         raise UserError(
-            f"quantization_correction=yes: reads {reference} once more, not quantized, which takes "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; give quantization_correction=no."
+            f"quantization_correction={quantization_correction}: reads {reference} once more, not quantized, "
+            f"which takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            "give quantization_correction=no."
         )
 
 

@@ -20,7 +20,7 @@ from steps.text2sql.correction import TRAINED
 # Of the largest values of a norm's outputs, which are rounded once less here.
 ROUNDING = 2e-2
 # Up to so many tokens a second stream gains: of Mistral-7B on an H200 2 % with 2,048, and none with 4,096.
-SMALL_TOKENS = 2560
+SMALL_TOKENS = 2048
 # What models call layers of one parent that read the same input.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -49,12 +49,16 @@ class DatasetManifest:
 
 @dataclass(frozen=True)
 class AdapterManifest:
-    """What an adapter belongs to: the base as it was quantized, after how many steps, on which rows."""
+    """What an adapter belongs to: the base as it was quantized, after how many steps, on which rows.
+
+    With `corrected` half of its rank is trained, and half takes back what quantizing changes.
+    """
 
     quantization: str
     global_step: int
     max_steps: int
     dataset: dict[str, Any]
+    corrected: bool = False
 
     @property
     def of_dataset(self) -> DatasetManifest:

@@ -121,9 +121,11 @@ def _rows(counts: Mapping[str, int]) -> dict[str, int]:
 
 def _recipe(described: AdapterManifest, lora: Mapping[str, Any]) -> str:
     layers = ", ".join(sorted({name.split(".")[-1] for name in lora["target_modules"]}))
+    halves = f"; half of the rank is trained, half takes back what {described.quantization} changes"
     return _list(
         f"LoRA of rank {lora['r']}, alpha {lora['lora_alpha']:g}, dropout {lora['lora_dropout']:g}"
-        + (", rank-stabilized" if lora["use_rslora"] else ""),
+        + (", rank-stabilized" if lora["use_rslora"] else "")
+        + (halves if described.corrected else ""),
         f"on {layers}",
         f"{described.global_step} of {described.max_steps} optimizer steps, rows of at most "
         f"{described.of_dataset.max_length} tokens",

@@ -102,7 +102,9 @@ class TrainParams:
     batch_size: Annotated[int, Field(ge=1, le=4096, description="rows an optimizer step, over all processes")]
     learning_rate: Annotated[Auto | Positive, Field(description="peak rate; auto: by size of base and steps")]
     lora_r: Annotated[Rank, Field(description="rank of the LoRA matrices")]
-    lora_alpha: Annotated[Positive, Field(description="LoRA scale is lora_alpha / lora_r")]
+    lora_alpha: Annotated[
+        Positive, Field(description="LoRA scale is lora_alpha / sqrt(lora_r); see use_rslora")
+    ]
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before the LoRA matrices")]
     target_modules: Annotated[
         str, Field(pattern=r"^[\w.-]+(,[\w.-]+)*$", description="all-linear, or a comma list of module names")
@@ -132,13 +134,15 @@ class TrainParams:
         float, Field(ge=0, allow_inf_nan=False, description="longer gradients are cut to this norm; 0: none")
     ]
     use_rslora: Annotated[
-        Literal["no", "yes"], Field(description="yes: LoRA scale is lora_alpha / sqrt(lora_r) instead")
+        Literal["no", "yes"],
+        Field(description="yes: LoRA scale is lora_alpha / sqrt(lora_r); no: lora_alpha / lora_r"),
     ]
     quantization_correction: Annotated[
-        Literal["no", "yes"],
+        Literal["auto", "no", "yes"],
         Field(
             description="yes: a frozen term beside the adapter, of its rank, takes back most of what nf4 "
-            "changes in the layers' outputs; the base is read once more for it, not quantized"
+            "changes in the layers' outputs; the base is read once more for it, not quantized; auto: with "
+            "nf4, for bases of up to 1e9 parameters"
         ),
     ]
     optim: Annotated[
