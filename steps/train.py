@@ -165,11 +165,6 @@ def open_data(params: TrainParams) -> tuple[DatasetManifest, datasets.DatasetDic
     described, data = prepared_data.load(params.dataset_uri)
     run_log.tag_data(base_model=described.base_model, dataset=described.dataset)
     base_model.check_quantization(described.base_model, params.quantization)
-    if params.quantization_correction == "yes" and params.quantization == "none":
-        raise UserError(
-            "quantization_correction=yes: with quantization=none there is nothing to take back; "
-            "give quantization_correction=no."
-        )
     base_model.check_memory(described.base_model, params.quantization, processes=ranks.count_here())
     return described, data
 
@@ -229,7 +224,7 @@ def load_model(
     model = adapter.attach(base.dequantize() if plan.dequantize else base, lora)
     count = adapter.count_parameters(model)
     quantization = quantization_config(params.quantization, pick_device()[1])
-    run_log.log_settings("lora", model.peft_config["default"].to_dict())
+    run_log.log_settings("lora", model.peft_config[correction.TRAINED].to_dict())
     run_log.log_settings("quantization", quantization.to_dict() if quantization else {"load_in_4bit": False})
     log_base(params, described, count)
     if is_corrected(params, count):

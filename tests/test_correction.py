@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from steps.text2sql import adapter, base_model, correction, fused_layers, sql_model
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
-from tests.conftest import QUICK, call_step, failure, plain_rows, write_jsonl
+from tests.conftest import QUICK, call_step, plain_rows, write_jsonl
 from tests.two_processes import rows
 
 RANK = 8
@@ -176,14 +176,6 @@ def test_fused_layers_train_beside_it(trained):
     assert found[0] == pytest.approx(usual[0], rel=1e-6)
     assert ((found[1] - usual[1]).norm() / usual[1].norm()).item() < 2e-6
     assert all(one.grad is None for one in adapter.own(trained) if not one.requires_grad)
-
-
-def test_a_base_that_is_not_quantized_has_nothing_to_take_back(dataset_uri):
-    values = {"quantization": "none", "quantization_correction": "yes", "max_steps": 1}
-    message, _ = failure("train", dataset_uri=dataset_uri, **values)
-    assert "quantization_correction=yes" in message
-    assert "quantization=none" in message
-    assert "give quantization_correction=no" in message
 
 
 @pytest.mark.parametrize("given", ["auto", "yes"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -97,6 +98,39 @@ def test_4_bit_weights_are_dequantized_as_bitsandbytes_does(tiny_base):
     usual = gradients(model)
     assert fused(model) == LINEAR + NORMS
     assert apart(usual[1], gradients(model)[1]) < 2e-6
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products with nothing added."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten.mm
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "of_the_base"),
+    [
+        (LLAMA, 6),  # keys and values are one
+        (MistralConfig(**SMALL | {"num_key_value_heads": 4}), 7),  # as many outputs as inputs: each alone
+    ],
+    ids=["shared", "of their own"],
+)
+def test_layers_that_read_the_same_input_take_one_product_by_a(config, of_the_base):
+    model = adapted(config)
+    fused_layers.fuse(model)
+    with Products() as forward:
+        loss = model(input_ids=IDS, labels=IDS).loss
+    by_a, output = 4, 1  # q, k and v; o; gate and up; down
+    assert forward.count == 2 * (by_a + of_the_base) + output
+    with Products() as backward:
+        loss.backward()
+    # By B, towards A and towards B; the first of each input's gradient; nothing towards the embeddings.
+    assert backward.count == 2 * (7 + by_a + 7 + by_a) - 1 + output
 
 
 def test_in_16_bits_they_differ_by_rounding():

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -522,3 +523,10 @@ def test_a_terminal_session_named_mlflow_is_no_launcher(ancestors):
     typed = process("python", "/env/bin/mlflow", "run", ".", cwd="/home/me/project")
     ancestors(typed, process("screen", "-S", "mlflow", cwd="/home/me"))
     assert processes.users_folder() == Path("/home/me/project")
+
+
+@pytest.mark.parametrize("refused", [partial(refusal, "train"), main_refusal], ids=["train", "main"])
+def test_a_correction_of_a_base_that_is_not_quantized_is_refused_before_any_work(refused):
+    message = refused(quantization="none", quantization_correction="yes")
+    assert message.startswith("quantization_correction=yes: with quantization=none ")
+    assert message.endswith("give quantization_correction=no")

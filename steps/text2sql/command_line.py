@@ -14,6 +14,7 @@ from steps.text2sql.params import (
     SET_BY_SWEEP,
     OwnMainParams,
     SweepParams,
+    conflicts,
 )
 
 Params = TypeVar("Params")
@@ -123,6 +124,7 @@ def _checked(given: Mapping[str, str], types: Mapping[str, Any], problems: list[
             values[name] = TypeAdapter(types[name]).validate_python(given[name])
         except ValidationError as error:
             problems.append(f"{name}={given[name]}: {_message(error)}")
+    problems += conflicts(values)
     if problems:
         raise UserError("\n".join(sorted(problems)))
     return values

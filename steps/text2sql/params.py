@@ -3,8 +3,9 @@
 `main` takes its own parameters and whatever one of its steps declares, and hands them on.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -358,3 +359,12 @@ SET_BY_SWEEP = {
 }
 # What a step takes only where a user runs it alone, though main has a parameter of that name.
 NOT_FROM_MAIN = {"evaluate": frozenset({"dataset"})}
+
+
+def conflicts(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with values that are right one by one."""
+    if values.get("quantization") == "none" and values.get("quantization_correction") == "yes":
+        yield (
+            "quantization_correction=yes: with quantization=none there is nothing to take back; "
+            "give quantization_correction=no"
+        )
