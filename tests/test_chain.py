@@ -221,6 +221,7 @@ def test_adapter_and_checkpoints_say_after_how_many_steps_they_were_saved(chain)
     for path, step in (("adapter", 6), ("checkpoints/checkpoint-2", 2), ("checkpoints/checkpoint-4", 4)):
         manifest = load_dict(of_artifact(chain.train, f"{path}/manifest.json"))
         assert (manifest["global_step"], manifest["max_steps"], manifest["quantization"]) == (step, 6, "nf4")
+        assert manifest["corrected"]
         prepared = load_dict(of_artifact(chain.prepare_data, "dataset/manifest.json"))
         assert manifest["dataset"] | {"files": prepared["files"]} == prepared
 
@@ -229,7 +230,7 @@ def test_training_metrics_have_their_promised_names(chain):
     assert set(chain.train.data.metrics) == {
         *("train_loss", "train_loss_mean", "eval_loss", "learning_rate", "grad_norm"),
         *("tokens_per_second", "samples_per_second", "mfu", "seconds_left", "peak_memory_gib"),
-        *("trainable_parameters", "all_parameters", "trainable_share"),
+        *("trainable_parameters", "all_parameters", "trainable_share", "quantization_error_left"),
     }
 
 
@@ -249,8 +250,9 @@ def test_all_settings_of_the_trainer_are_logged(chain, tmp_path):
         learning_rate=2e-3,
         warmup_steps=0,
         optim="adamw_torch",
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="linear",
         weight_decay=0.0,
+        max_grad_norm=0.3,
         logging_steps=1,
         seed=42,
     ).to_dict()

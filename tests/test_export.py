@@ -82,7 +82,7 @@ def test_merged_weights_are_the_dequantized_ones_and_the_scaled_product_of_the_a
     base = sql_model.load_base(str(tiny_base), "nf4").dequantize()
     adapter = load_file(package / "artifacts/adapter/adapter_model.safetensors")
     a, b = (adapter[f"base_model.model.{name}.lora_{letter}.weight"].float() for letter in "AB")
-    expected = base.get_submodule(name).weight + b @ a * (8 / 4)  # lora_alpha / lora_r
+    expected = base.get_submodule(name).weight + b @ a * (8 / 4**0.5)  # lora_alpha / sqrt(lora_r)
     merged = load_file(exported.folder / "model.safetensors")
     assert torch.allclose(merged[f"{name}.weight"], expected, atol=1e-6)
     original = load_file(tiny_base / "model.safetensors")
