@@ -133,6 +133,18 @@ def test_layers_that_read_the_same_input_take_one_product_by_a(config, of_the_ba
     assert backward.count == 2 * (7 + by_a + 7 + by_a) - 1 + output
 
 
+def test_weights_that_do_not_follow_each_other_are_not_seen_as_one():
+    model = adapted(LLAMA)
+    usual = gradients(model)
+    fused_layers.fuse(model)
+    attention = adapter.decoder_layers(model)[0].self_attn
+    key, value = attention.k_proj.base_layer.weight, attention.v_proj.base_layer.weight
+    value.data, key.data = torch.cat([value, key]).detach().split([len(value), len(key)])  # in one block
+    found = gradients(model)
+    assert found[0].item() == pytest.approx(usual[0].item(), rel=1e-6)
+    assert apart(usual[1], found[1]) < 2e-6
+
+
 def test_in_16_bits_they_differ_by_rounding():
     model = adapted(LLAMA)
     exact = gradients(model)[1]
