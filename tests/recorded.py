@@ -29,6 +29,8 @@ class Recorded(Gradients):
     def add(self, pack, scale):
         """Compute as usual, and note it."""
         tokens = pack.input_ids.shape[1]
+        if pack.input_ids.shape not in self.graphs:
+            self.before_recording()
         self.computed.append(tokens)
         if tokens > self.room:
             raise torch.cuda.OutOfMemoryError
