@@ -1,8 +1,8 @@
-"""Layers that take fewer launches and passes over memory in training: LoRA, and RMS norms."""
+"""Layers with LoRA that take fewer launches and passes over memory in training."""
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -12,13 +12,11 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear
 
-from steps.text2sql import correction
+from steps.text2sql import correction, fused_norms, side_by_side
 from steps.text2sql.correction import TRAINED
 
-# Of the largest values of a norm's outputs, which are rounded once less here.
-ROUNDING = 2e-2
 # Up to so many tokens a second stream gains: of Mistral-7B on an H200 2 % with 2,048, and none with 4,096.
 SMALL_TOKENS = 2048
 # What models call layers of one parent that read the same input.
@@ -28,16 +26,14 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def fuse(model: PeftModel) -> None:
     """Compute layers that way where gradients are wanted; elsewhere they are as before, as they are served.
 
-    Adapted layers are those without dropout. Norms are those that do what `torch.nn.functional.rms_norm`
-    does. Compiled layers are fused by the compiler.
+    Adapted layers are those without dropout. Compiled layers are fused by the compiler.
     """
     groups = [SameInput(layers) for layers in _groups(model)]
     model.get_base_model().register_forward_pre_hook(lambda *_: cast(groups))
     for group in groups:
         for i, layer in enumerate(group.layers):
             layer.forward = partial(group.forward, i)
-    for norm in filter(_is_rms_norm, model.modules()):
-        norm.forward = partial(_normed, norm, norm.forward)
+    fused_norms.fuse(model)
 
 
 class SameInput:
@@ -62,7 +58,7 @@ class SameInput:
         self.waiting: dict[int, torch.Tensor] = {}
         self.blocks = list(_blocks(self.bases))
         for block in self.blocks:
-            _lay_side_by_side(block)
+            side_by_side.lay(block)
 
     @torch.no_grad()
     def take(self, dtype: torch.dtype) -> None:
@@ -195,7 +191,7 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 def _base_outputs(group: SameInput, x: torch.Tensor) -> Iterator[torch.Tensor]:
     for block in group.blocks:
-        weight = _seen_as_one(block)
+        weight = side_by_side.seen_as_one(block)
         biases = [base.bias.to(x.dtype) for base in block if base.bias is not None]
         if weight is not None and len(biases) in (0, len(block)):
             out = linear(x, weight.to(x.dtype), torch.cat(biases) if biases else None)
@@ -218,13 +214,6 @@ def _added(parameter: nn.Parameter, gradient: torch.Tensor, scale: float) -> tor
         return gradient.to(parameter.dtype) * scale
     parameter.grad.add_(gradient, alpha=scale)
     return None
-
-
-def _normed(norm: nn.Module, usual: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled():
-        return usual(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), _epsilon(norm))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -264,45 +253,3 @@ def _blocks(bases: Sequence[nn.Linear]) -> Iterator[list[nn.Linear]]:
     for is_narrow, some in itertools.groupby(bases, lambda base: base.out_features < base.in_features):
         block = list(some)
         yield from [block] if is_narrow else ([base] for base in block)
-
-
-@torch.no_grad()
-def _lay_side_by_side(bases: Sequence[nn.Linear]) -> None:
-    """Move whole weights of one type into one block of memory, one after the other."""
-    weights = [base.weight for base in bases]
-    kinds = {(type(one), one.dtype) for one in weights}
-    if len(kinds) > 1 or type(weights[0]) is not nn.Parameter or _seen_as_one(bases) is not None:
-        return
-    for one, part in zip(weights, torch.cat(weights).split([len(w) for w in weights]), strict=True):
-        one.data = part
-
-
-def _seen_as_one(bases: Sequence[nn.Linear]) -> torch.Tensor | None:
-    """Weights (outputs, inputs) that follow each other in memory as a view of all of it, without a copy."""
-    weights, first, end = [base.weight for base in bases], bases[0].weight, bases[0].weight.data_ptr()
-    for base, one in zip(bases, weights, strict=True):
-        is_plain = type(one) is nn.Parameter and type(base) is nn.Linear and one.is_contiguous()
-        follows = one.data_ptr() == end and _storage(one) == _storage(first) and one.dtype == first.dtype
-        if not (is_plain and follows):
-            return None
-        end += one.nbytes
-    return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
-
-
-def _storage(weight: torch.Tensor) -> int:
-    return weight.untyped_storage().data_ptr()
-
-
-def _epsilon(norm: nn.Module) -> float | None:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-
-
-@torch.no_grad()
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module computes what it says it is: some models' norms scale by 1 + weight."""
-    if not type(module).__name__.endswith("RMSNorm") or getattr(module, "weight", None) is None:
-        return False
-    x = torch.linspace(-2, 3, len(module.weight), dtype=module.weight.dtype, device=module.weight.device)
-    expected = module(x).float()
-    found = rms_norm(x, module.weight.shape, module.weight, _epsilon(module)).float()
-    return bool((expected - found).abs().max() <= ROUNDING * expected.abs().max())
