@@ -66,7 +66,9 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     model.requires_grad_(False)
     adapted = get_peft_model(model, config)
     # peft keeps a set, whose order differs from process to process.
-    adapted.peft_config["default"].target_modules = sorted(adapted.peft_config["default"].target_modules)
+    adapted.peft_config[correction.TRAINED].target_modules = sorted(
+        adapted.peft_config[correction.TRAINED].target_modules
+    )
     return adapted
 
 
@@ -144,7 +146,7 @@ def save(
     The tokenizer is written without the padding and truncation that it may have from training.
     """
     # Otherwise a path of this machine; register and the served model read the manifest.
-    model.peft_config["default"].base_model_name_or_path = described.of_dataset.base_model
+    model.peft_config[correction.TRAINED].base_model_name_or_path = described.of_dataset.base_model
     model.save_pretrained(
         folder, safe_serialization=True, save_embedding_layers=False, selected_adapters=[correction.TRAINED]
     )
