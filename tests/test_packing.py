@@ -1,5 +1,7 @@
 """Rows into packs, and attention and loss within them."""
 
+import random
+
 import pytest
 import torch
 from transformers import (
@@ -199,8 +201,23 @@ def test_the_largest_pack_is_told_from_lengths_alone(lengths, processes):
 
 
 def test_the_longest_rows_are_spread_first_each_to_the_emptiest_pack():
-    # 9 | 7 | 5 with 7 | 4 with 9 | 3 with 5 and 7
-    assert packing.spread([7, 3, 9, 4, 5], 2) == [[2, 3], [0, 4, 1]]
+    # 60 | 9 | 8 with 9 | 7 with 9 and 8: nothing that changes places makes them more alike
+    assert packing.spread([9, 60, 7, 8], 2) == [[0, 3, 2], [1]]
+
+
+def test_a_row_changes_places_with_another_where_that_makes_packs_more_alike():
+    # first 9, 4 | 7, 5, 3
+    assert sorted(map(sorted, packing.spread([7, 3, 9, 4, 5], 2))) == [[0, 1, 3], [2, 4]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("count", "apart"), [(1, 0), (2, 1), (4, 6)])
+def test_packs_of_a_step_differ_by_a_few_tokens_with_every_row_in_one(seed, count, apart):
+    lengths = random.Random(seed).choices(range(70, 250), k=32)
+    packs = packing.spread(lengths, count)
+    sizes = [sum(lengths[i] for i in pack) for pack in packs]
+    assert max(sizes) - min(sizes) <= apart
+    assert sorted(i for pack in packs for i in pack) == list(range(32))
 
 
 def test_a_pack_without_answers_has_no_loss(model):
