@@ -319,6 +319,12 @@ def plain_rows(count: int = 60, *, tables: int = 20) -> list[dict[str, object]]:
     ]
 
 
+def prepared_uri(base: Path, file: Path) -> str:
+    """URI of the dataset that prepare_data makes of a file of rows."""
+    run = call_step("prepare_data", base_model=base, dataset=file)
+    return f"runs:/{run.info.run_id}/dataset"
+
+
 @pytest.fixture(scope="session")
 def finished_chain(new_store: Callable[[], str], tiny_base: Path) -> SimpleNamespace:
     """All steps on the tiny base and the built-in rows: the store, each step's run, the URIs between them."""

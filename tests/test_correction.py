@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from steps.text2sql import adapter, base_model, correction, fused_layers, sql_model
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest, DatasetManifest
-from tests.conftest import QUICK, call_step, plain_rows, write_jsonl
+from tests.conftest import QUICK, call_step, plain_rows, prepared_uri, write_jsonl
 from tests.two_processes import rows
 
 RANK = 8
@@ -31,8 +31,7 @@ def tokenizer(tiny_base):
 @pytest.fixture
 def dataset_uri(store, tiny_base, tmp_path):
     """A prepared dataset of plain rows in a fresh store."""
-    file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(28))
-    return f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
+    return prepared_uri(tiny_base, write_jsonl(tmp_path / "rows.jsonl", plain_rows(28)))
 
 
 @pytest.fixture(params=[False, True], ids=["lora", "rslora"])

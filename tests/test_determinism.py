@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from steps.text2sql import artifacts, manifest
-from tests.conftest import PROJECT, QUICK, call_step, plain_rows, write_jsonl
+from tests.conftest import PROJECT, QUICK, call_step, plain_rows, prepared_uri, write_jsonl
 
 # In a process of its own, in another folder, with another seed of Python's hashes.
 MAKE = """\
@@ -21,8 +21,7 @@ print("MADE " + json.dumps(make(Path(sys.argv[1]), Path(sys.argv[2]), Path.cwd()
 
 def make(base, rows, scratch):
     """Digests of a dataset and of an adapter that was trained on it."""
-    prepared = call_step("prepare_data", base_model=base, dataset=rows)
-    uri = f"runs:/{prepared.info.run_id}/dataset"
+    uri = prepared_uri(base, rows)
     trained = call_step("train", **QUICK | {"lora_dropout": 0.1, "dataset_uri": uri})
     weights = artifacts.download(f"runs:/{trained.info.run_id}/adapter/adapter_model.safetensors", scratch)
     return [artifacts.digest_of(uri), manifest.sha256(weights)]

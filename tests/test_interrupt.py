@@ -8,14 +8,13 @@ import mlflow
 import pytest
 
 from steps.text2sql import packaging
-from tests.conftest import QUICK, Forked, call_step, plain_rows, write_jsonl
+from tests.conftest import QUICK, Forked, call_step, plain_rows, prepared_uri, write_jsonl
 
 
 @pytest.fixture
 def dataset_uri(store, tiny_base, tmp_path):
     """A prepared dataset of plain rows in a fresh store."""
-    file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(200))
-    return f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
+    return prepared_uri(tiny_base, write_jsonl(tmp_path / "rows.jsonl", plain_rows(200)))
 
 
 @pytest.fixture

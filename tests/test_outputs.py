@@ -22,6 +22,7 @@ from tests.conftest import (
     call_step,
     failure,
     plain_rows,
+    prepared_uri,
     tracking_at,
     write_jsonl,
 )
@@ -39,8 +40,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def dataset_uri(store, tiny_base, tmp_path):
     """A prepared dataset of plain rows in a fresh store."""
-    file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
-    return f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
+    return prepared_uri(tiny_base, write_jsonl(tmp_path / "rows.jsonl", plain_rows(60)))
 
 
 def full_disk(*_, **__):
@@ -307,9 +307,7 @@ def test_a_training_goes_on_while_the_server_is_away_and_all_of_it_is_logged_the
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
     with tracking_at(server.url):
-        prepared = call_step("prepare_data", base_model=tiny_base, dataset=rows)
-        dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
-        values = QUICK | {"dataset_uri": dataset_uri, "max_steps": 250, "save_steps": 25}
+        values = QUICK | {"dataset_uri": prepared_uri(tiny_base, rows), "max_steps": 250, "save_steps": 25}
         away, back = tmp_path / "away", tmp_path / "back"
         with Forked(lambda: train_until(away, back, values)) as process:
             first = next((line for line in process.stdout if line.startswith("Checkpoint: ")), "")

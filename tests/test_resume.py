@@ -11,7 +11,16 @@ import pytest
 from mlflow.artifacts import download_artifacts
 
 from steps.text2sql import resume, run_folder, training
-from tests.conftest import QUICK, Forked, call_step, failure, plain_rows, tracking_at, write_jsonl
+from tests.conftest import (
+    QUICK,
+    Forked,
+    call_step,
+    failure,
+    plain_rows,
+    prepared_uri,
+    tracking_at,
+    write_jsonl,
+)
 
 VALUES = QUICK | {
     "lora_dropout": 0.2,
@@ -33,8 +42,7 @@ def whole(new_store, tiny_base, tmp_path_factory):
     """A store with a prepared dataset, 17 rows a training epoch, and a training that never stopped."""
     file = write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", plain_rows(28))
     with tracking_at(new_store()) as uri:
-        prepared = call_step("prepare_data", base_model=tiny_base, dataset=file)
-        dataset_uri = f"runs:/{prepared.info.run_id}/dataset"
+        dataset_uri = prepared_uri(tiny_base, file)
         run = call_step("train", dataset_uri=dataset_uri, **VALUES)
     return SimpleNamespace(store=uri, dataset_uri=dataset_uri, run=run)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from steps.text2sql import artifacts, reuse
-from tests.conftest import PROJECT, call_step, plain_rows, write_jsonl
+from tests.conftest import PROJECT, plain_rows, prepared_uri, write_jsonl
 
 VALUES = {"dataset_uri": "runs:/a/dataset", "max_steps": "7"}
 
@@ -129,12 +129,6 @@ def test_the_kind_of_device_is_asked_without_loading_torch_here():
 
 
 def test_a_dataset_made_again_has_the_very_bytes(store, tiny_base, tmp_path):
-
     file = write_jsonl(tmp_path / "rows.jsonl", plain_rows(60))
-    digests = {
-        artifacts.digest_of(
-            f"runs:/{call_step('prepare_data', base_model=tiny_base, dataset=file).info.run_id}/dataset"
-        )
-        for _ in range(2)
-    }
+    digests = {artifacts.digest_of(prepared_uri(tiny_base, file)) for _ in range(2)}
     assert len(digests) == 1
