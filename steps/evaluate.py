@@ -53,11 +53,12 @@ def main(params: EvaluateParams) -> None:
         described, model_id = packaging.read_manifest(package, source=source), packaging.model_id(package)
         packaging.check_logged(model_id, source=source)
         rows = gather(params, described.of_dataset, folder)
+        digest = scored_rows.digest(rows, folder)
         answers = generate(packaging.load(package, source=source), rows, batch_size=params.eval_batch_size)
         verdicts, unrepaired = score(rows, answers, folder, timeout_seconds=params.query_timeout_seconds)
         lora = adapter.settings(package / transformers_flavor.ADAPTER)
     run_log.tag_data(base_model=described.of_dataset.base_model, dataset=described.of_dataset.dataset)
-    metrics = keep(version, model_id, rows, answers, verdicts, unrepaired)
+    metrics = keep(version, model_id, rows, digest, answers, verdicts, unrepaired)
     update_card(version, metrics, described, lora)
 
 
@@ -108,6 +109,7 @@ def keep(
     version: ModelVersion,
     model_id: str,
     rows: pandas.DataFrame,
+    digest: str,
     answers: dict[str, list],
     verdicts: dict[str, list],
     unrepaired: dict[str, float],
@@ -118,34 +120,34 @@ def keep(
     right = {prefix: predictions[f"{prefix}{EXECUTION_ACCURACY}"] for prefix in (TUNED, BASE)}
     by_slice = slices.table(predictions["gold"], right)
     of_slices = slices.metrics(by_slice, metric=EXECUTION_ACCURACY, prefixes=(TUNED, BASE))
-    log_metrics(model_id, rows, metrics | of_slices)
-    link(version, rows, {EXECUTION_ACCURACY: scoring.summary(metrics, EXECUTION_ACCURACY)})
+    log_metrics(model_id, rows, digest, metrics | of_slices)
+    link(version, digest, {EXECUTION_ACCURACY: scoring.summary(metrics, EXECUTION_ACCURACY)})
     show(version, metrics, predictions, by_slice)
     assessments.log(predictions, model_id=model_id)
     print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
     return metrics
 
 
-def log_metrics(model_id: str, rows: pandas.DataFrame, metrics: dict[str, float]) -> None:
+def log_metrics(model_id: str, rows: pandas.DataFrame, digest: str, metrics: dict[str, float]) -> None:
     """Log metrics with the model and the rows that they belong to: they show on the version's page too."""
     # MLflow knows no kind of source for an artifact of a run.
     source = CodeDatasetSource(
         {"artifact": active_run.artifact_uri(f"{store_names.ROWS}/{store_names.ROWS_FILE}")}
     )
     of_rows = mlflow.data.from_pandas(
-        rows, source=source, targets="answer", name="evaluated_rows", digest=scored_rows.digest(rows)[:36]
+        rows, source=source, targets="answer", name="evaluated_rows", digest=digest[:36]
     )
     run_log.log_input(of_rows, context="evaluation", model=LoggedModelInput(model_id))
     mlflow.log_metrics(metrics, model_id=model_id, dataset=of_rows)
 
 
-def link(version: ModelVersion, rows: pandas.DataFrame, scores: dict[str, str]) -> None:
+def link(version: ModelVersion, digest: str, scores: dict[str, str]) -> None:
     """Name version and run in each other; scores become tags of the version, whose page has no metrics."""
     mlflow.set_tags(
         {
             store_names.TAG_MODEL_NAME: version.name,
             store_names.TAG_MODEL_VERSION: version.version,
-            store_names.TAG_EVALUATED_ROWS: scored_rows.digest(rows),
+            store_names.TAG_EVALUATED_ROWS: digest,
             store_names.TAG_CODE: reuse.code_digest(),
         }
     )

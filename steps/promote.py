@@ -100,7 +100,12 @@ def trained_on(version: ModelVersion, evaluation: Evaluation) -> set[Row]:
 
 
 def score_again(champion: ModelVersion, run_id: str) -> Evaluation:
-    """Score the champion on the very rows of an evaluate run, as a child of this run."""
+    """Score the champion on the very rows of an evaluate run, as a child of this run.
+
+    Raises:
+        UserError: that run was scored by another version of this code, which might judge otherwise.
+    """
+    evaluation_run.check_code(run_id)
     uri = f"runs:/{run_id}/{store_names.ROWS}"
     with artifacts.downloaded(uri, parameter="evaluation_run_id", needs=store_names.ROWS_FILE) as folder:
         file = folder / store_names.ROWS_FILE

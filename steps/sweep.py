@@ -129,11 +129,12 @@ def validation_rows(call: SweepCall) -> dict[str, str]:
 
 
 def recipe(call: SweepCall, values: dict[str, str]) -> dict[str, str]:
-    """A trial's values with an alpha unless the user has fixed it: lora_alpha / lora_r, the scale of the
-    adapter, is for every rank that of the defaults."""
-    if "lora_alpha" in call.given:
-        return values
+    """A trial's values. Without rsLoRA, whose alpha fits every rank (arXiv 2312.03732), they get an alpha
+    with the defaults' lora_alpha / lora_r, unless the user has fixed it."""
     usual = mlproject.defaults("train")
+    is_stabilized = call.given.get("use_rslora", usual["use_rslora"]) == "yes"
+    if is_stabilized or "lora_alpha" in call.given:
+        return values
     alpha = int(values["lora_r"]) * int(usual["lora_alpha"]) // int(usual["lora_r"])
     return values | {"lora_alpha": str(alpha)}
 

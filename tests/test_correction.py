@@ -107,6 +107,16 @@ def test_a_corrected_base_is_nearer_to_the_published_one(tiny_base, published, c
     assert 0.3 < left < 0.7  # random weights and inputs have no directions that count for more
 
 
+def test_a_layer_that_is_not_quantized_has_nothing_to_correct(tiny_base, published):
+    lora = adapter.lora_config(r=RANK, alpha=16, dropout=0.0, target_modules="q_proj,lm_head")
+    model = adapter.attach(sql_model.load_base(str(tiny_base), "nf4"), lora)
+    left = correction.add(model, published, rows(30))
+    heads = [module for name, module in model.named_modules() if name.endswith("lm_head")]
+    assert [type(module.base_layer) for module in heads] == [torch.nn.Linear]
+    assert not heads[0].lora_B[correction.NAME].weight.any()
+    assert 0 < left < 1
+
+
 def test_the_adapter_alone_is_trained(corrected):
     model, _ = corrected
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {correction.TRAINED}

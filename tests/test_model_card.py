@@ -116,6 +116,14 @@ def test_a_licence_however_long_leaves_room_for_the_card_on_a_server(text):
     assert len(card) < model_card.MAX_CHARACTERS
 
 
+def test_a_card_with_very_long_paths_is_cut():
+    dataset = DESCRIBED.dataset | {"base_model": f"/{'m' * 4000}", "dataset": f"/{'d' * 4000}"}
+    described = AdapterManifest(**vars(DESCRIBED) | {"dataset": dataset})
+    card = model_card.render(described, LORA, name="text2sql")
+    assert len(card) < model_card.MAX_CHARACTERS
+    assert card.endswith("…\n")
+
+
 def test_the_versions_description_is_the_card_of_the_package_with_the_scores_of_its_evaluation(chain):
     version = mlflow.MlflowClient().get_model_version("text2sql", "1")
     packaged = load_text("models:/text2sql/1/README.md")

@@ -11,7 +11,8 @@ import psutil
 import pytest
 from mlflow.projects._project_spec import load_project
 
-from steps.text2sql import processes
+from steps import main
+from steps.text2sql import processes, reuse
 from steps.text2sql.command_line import parse, parse_main
 from steps.text2sql.errors import UserError
 from steps.text2sql.params import CHAIN, NOT_FROM_MAIN, SET_BY_MAIN
@@ -433,6 +434,20 @@ def test_main_hands_on_what_one_of_its_steps_declares():
     assert [step for step, values in found.steps.items() if "save_steps" in values] == ["train"]
     assert found.steps["train"]["save_steps"] == "7"
     assert found.steps["promote"]["min_execution_accuracy"] == "0.5"
+
+
+def test_main_hands_on_the_whole_of_a_path_from_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.csv").touch()
+    (tmp_path / "two.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
+    given = {"dataset": "~/rows.csv", "launch": "~/two.yaml", "learning_rate": "1e-3"}
+    found = parse_main(words(defaults("main") | given))
+    assert found.steps["prepare_data"]["dataset"] == str(tmp_path / "rows.csv")
+    assert found.steps["train"]["launch"] == str(tmp_path / "two.yaml")
+    assert found.steps["train"]["learning_rate"] == "1e-3"
+    main.check_devices(found.steps["train"])
+    assert not reuse.may_have_moved("prepare_data", found.steps["prepare_data"], device="cpu")
+    assert found.given["dataset"] == "~/rows.csv"
 
 
 def test_main_checks_what_it_hands_on_before_the_first_step():

@@ -22,6 +22,7 @@ from steps.text2sql import (
     child_runs,
     promotion_lock,
     promotions,
+    reuse,
     scored_rows,
     training_rows,
 )
@@ -46,9 +47,13 @@ def table(tuned, base=None, first=0):
     return found
 
 
-def log_evaluation(version, rows, *, digest="rows", code="code", limit="2.5", metrics=None):
+def log_evaluation(version, rows, *, digest="rows", code="", limit="2.5", metrics=None):
     """What an evaluate run leaves in the active run."""
-    tags = {"registered_model_name": MODEL, "model_version": str(version), "code_digest": code}
+    tags = {
+        "registered_model_name": MODEL,
+        "model_version": str(version),
+        "code_digest": code or reuse.code_digest(),
+    }
     mlflow.set_tags(tags | {"evaluated_rows_digest": digest})
     mlflow.log_param("query_timeout_seconds", limit)
     shares = {name: rows[name].mean() for name in ("execution_accuracy", "base_execution_accuracy")}
@@ -310,11 +315,20 @@ def test_the_scores_of_the_second_time_are_found_the_next_time(scored, evaluate_
     assert champion() == 1
 
 
-@pytest.mark.parametrize("other", [{"code": "newer"}, {"limit": "9.0"}])
+@pytest.mark.parametrize("other", [{"code": "older"}, {"limit": "9.0"}])
 def test_scores_by_other_code_or_another_limit_are_made_again(scored, evaluate_step, other):
-    promoted(scored("1" * 20 + "0" * 20))
-    promoted(with_rows(scored("1" * 40, **other), 0, 40))
+    promoted(scored("1" * 20 + "0" * 20, **other))
+    promoted(with_rows(scored("1" * 40), 0, 40))
     assert len(evaluate_step) == 1
+
+
+def test_no_champion_is_scored_again_beside_scores_by_other_code(scored, evaluate_step):
+    promoted(scored("1" * 40))
+    made = with_rows(scored("1" * 40, first=100, digest="new", code="older"), 100, 40)
+    message = refused(version=2, evaluation_run_id=made[1])
+    assert f"evaluation_run_id={made[1]}: was scored by another version of this project" in message
+    assert f"mlflow run . -e evaluate -P model_uri=models:/{MODEL}/2" in message
+    assert evaluate_step == []
 
 
 def test_a_candidate_that_is_refused_alone_costs_no_second_scoring(scored, evaluate_step):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from steps.text2sql import databases, dataset, sample_data, scored_rows, splits
+from steps.text2sql import databases, dataset, sample_data, sample_domains, scored_rows, splits
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import DatasetManifest
 from tests.conftest import plain_rows, write_jsonl
@@ -141,9 +141,10 @@ def test_written_rows_are_read_again_as_the_same_rows_with_their_own_databases(t
     folder = tmp_path / "kept"
     folder.mkdir()
     kept = scored_rows.write(chosen, folder, seed=0)
+    digest = scored_rows.digest(chosen, folder)
     one.unlink(), two.unlink()
     again = scored_rows.choose(read(folder / "rows.jsonl"), 3)
-    assert scored_rows.digest(again) == scored_rows.digest(kept) == scored_rows.digest(chosen)
+    assert scored_rows.digest(again, folder) == scored_rows.digest(kept, folder) == digest
     numbers = {
         row["question"]: row["database"] and number_in(Path(row["database"]))
         for row in again.to_dict("records")
@@ -167,7 +168,7 @@ def test_a_file_whose_name_is_no_utf_8_gets_a_name_that_can_be_written(tmp_path)
 
 
 def test_a_built_in_domain_gets_its_database(tmp_path):
-    domain = sample_data.domain_names()[0]
+    domain = sample_domains.DOMAINS[0].name
     paths = databases.write([domain, None, domain], tmp_path, seed=42)
     assert paths == [f"databases/{domain}.sqlite", None, f"databases/{domain}.sqlite"]
     assert (tmp_path / paths[0]).is_file()
@@ -178,6 +179,16 @@ def test_rows_without_databases_leave_no_folder_for_them(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_another_answer_is_another_digest():
+def test_another_answer_is_another_digest(tmp_path):
     rows = pandas.DataFrame(plain_rows(2))
-    assert scored_rows.digest(rows) != scored_rows.digest(rows.assign(answer="SELECT 1"))
+    assert scored_rows.digest(rows, tmp_path) != scored_rows.digest(rows.assign(answer="SELECT 1"), tmp_path)
+
+
+def test_another_database_is_another_digest(tmp_path):
+    rows = pandas.DataFrame(plain_rows(2))
+    found = {scored_rows.digest(rows, tmp_path)}
+    for number in (1, 2):  # the same name, with other contents
+        file = make_database(tmp_path / str(number) / "x.sqlite", number)
+        for of_rows in ([file.name, None], [None, file.name], [file.name] * 2):
+            found.add(scored_rows.digest(rows.assign(database=of_rows), file.parent))
+    assert len(found) == 7

@@ -52,6 +52,14 @@ def answers(part: pandas.DataFrame) -> set[str]:
         ("CREATE TABLE table_name (a INT)", {"table_name(a)"}),
         ("CREATE TABLE my_table_name_12 (a INT)", {"my_table_name_12(a)"}),
         (" Not A Table ", {"not a table"}),
+        (
+            "CREATE TABLE t (\n  id INT, -- Unique ID, of (one\n  name TEXT -- what it is called\n)",
+            {"t(id,name)"},
+        ),
+        ("CREATE TABLE t (a INT /* one, (two */, b INT) -- CREATE TABLE u (c INT)", {"t(a,b)"}),
+        ("CREATE TABLE t (a TEXT DEFAULT ') it''s (, --', b INT)", {"t(a,b)"}),
+        ('CREATE TABLE "a--b" ("c\'s" INT, [d/*] INT, e\'s INT, f\'s INT)', {"a--b(c's,d/*,e's,f's)"}),
+        ("CREATE TEMP TABLE t (a INT); CREATE TEMPORARY TABLE IF NOT EXISTS u (b)", {"t(a)", "u(b)"}),
     ],
 )
 def test_tables_are_their_name_and_sorted_columns(context, expected):

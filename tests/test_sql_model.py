@@ -1,5 +1,6 @@
 """The served file: prompt, extraction, generation, and the base model by its reference."""
 
+import copy
 import hashlib
 import json
 import os
@@ -240,6 +241,11 @@ def test_repair_leaves_what_sqlite_takes_as_it_is(sound):
     assert sql_model.repair_sql(sound, SHOP) == sound
 
 
+def test_repair_leaves_parameters_as_they_are():
+    sound = "SELECT id FROM heads WHERE age = ? AND y > ?2 OR age = :age AND y < @y AND id = $1 OR id = -:n"
+    assert sql_model.repair_sql(sound, SHOP) == sound
+
+
 @pytest.mark.parametrize(
     "written",
     [
@@ -331,6 +337,31 @@ def test_a_batch_of_different_lengths_gives_the_tokens_of_each_prompt_alone(base
         [alone] = sql_model.generate(*base, [prompt], max_new_tokens=16)
         assert together[i] == alone[0]
     assert len({answer.text for answer in together.values()}) == 4
+
+
+def test_a_repetition_penalty_counts_what_a_prompt_alone_has(base):
+    model, tokenizer = base
+    padded_by_eos = copy.deepcopy(tokenizer)
+    padded_by_eos.pad_token = tokenizer.eos_token
+    settings = {"max_new_tokens": 24, "repetition_penalty": 1.3}
+    for prompts in (["one?", "CREATE TABLE farm (name TEXT) " * 3], ["all: one?", "all: How many farms?"]):
+        [together] = sql_model.generate(model, padded_by_eos, prompts, **settings)
+        for i, prompt in enumerate(prompts):
+            [alone] = sql_model.generate(*base, [prompt], **settings)
+            assert together[i] == alone[0]
+
+
+def test_what_the_bases_authors_prefer_changes_no_answer(tiny_base, tmp_path):
+    folder, prompts = shutil.copytree(tiny_base, tmp_path / "base"), ["one?", "How many farms?"]
+    file = folder / "generation_config.json"
+    liked = {"no_repeat_ngram_size": 1, "num_beams": 3, "return_dict_in_generate": True, "min_new_tokens": 20}
+    found = []
+    for settings in ({}, liked):
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings), encoding="utf-8")
+        model = sql_model.load_base(str(folder), "none").eval()
+        tokenizer = sql_model.load_base_tokenizer(str(folder))
+        found.append(list(sql_model.generate(model, tokenizer, prompts, max_new_tokens=16)))
+    assert found[0] == found[1]
 
 
 def test_what_all_prompts_of_a_batch_begin_with_is_read_once_and_changes_no_answer(base):

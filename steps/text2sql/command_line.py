@@ -87,8 +87,14 @@ def _with_handed_on(
     others = {name: value for name, value in given.items() if name not in refused}
     values = _checked(others, types, [*_unknown(others, types), *problems])
     own_params = own_class(**{name: values[name] for name in own})
-    found = {step: {n: given[n] for n in hints if n in given} for step, hints in by_step.items()}
+    texts = {name: _expanded(value, values.get(name)) for name, value in given.items()}
+    found = {step: {n: texts[n] for n in hints if n in given} for step, hints in by_step.items()}
     return Call(given, own_params, found)
+
+
+def _expanded(given: str, value: Any) -> str:
+    """The text of a value, of a path below `~` the whole one: not all that it is handed to know that sign."""
+    return value if given.startswith("~") and isinstance(value, str) else given
 
 
 def _taken_from_main(step: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def add(model: PeftModel, original: PreTrainedModel, rows: datasets.Dataset) -> 
 
     `original` is the same base, not quantized, on the same device. `rows` are tokenized as for training; the
     first `ROWS` are read. Gives the share of the squared error of the layers' outputs that is left, the mean
-    of all layers.
+    of all layers that have one.
     """
     attach(model)
     left: list[torch.Tensor] = []
@@ -57,7 +57,7 @@ def add(model: PeftModel, original: PreTrainedModel, rows: datasets.Dataset) -> 
     _read(model, rows.select(range(min(ROWS, len(rows)))).to_list())
     for hook in hooks:
         hook.remove()
-    return torch.stack(left).mean().item()
+    return torch.stack(left).mean().item() if left else 0.0
 
 
 def attach(model: PeftModel) -> None:
@@ -130,6 +130,8 @@ def _correct(
     with torch.autocast(down.device.type, enabled=False):
         quantized = dequantize_module_weight(layer.base_layer).detach().float()
         error = published.weight.detach().float() - quantized
+        if not error.any():  # bitsandbytes leaves the head of a model as it is
+            return
         found = least(error, given[0].flatten(0, -2).float(), rank=len(down))
     directions = len(found[0])  # a small layer has fewer than the rank; B is zero for the others
     down.data[:directions].copy_(found[0])

@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from steps.text2sql import model_versions, store_names
+from steps.text2sql import model_versions, reuse, store_names
 from steps.text2sql.errors import UserError
 from steps.text2sql.gate import Evaluation, Row, Verdicts
 from steps.text2sql.params import EvaluateParams
@@ -62,6 +62,21 @@ def same_rows(version: ModelVersion, run_id: str, evaluation: Evaluation) -> Eva
     return found if found and found.tuned.keys() == evaluation.tuned.keys() else None
 
 
+def check_code(run_id: str) -> None:
+    """Refuse an evaluation that other code than this scored, where another is to be compared with it.
+
+    Raises:
+        UserError: it did.
+    """
+    tags = _get(run_id).data.tags
+    if tags.get(store_names.TAG_CODE) != reuse.code_digest():
+        name, number = tags[store_names.TAG_MODEL_NAME], tags[store_names.TAG_MODEL_VERSION]
+        raise UserError(
+            f"evaluation_run_id={run_id}: was scored by another version of this project than the champion "
+            f"would be now; {_again(f'models:/{name}/{number}')}"
+        )
+
+
 def settings(run_id: str) -> dict[str, str]:
     """How that run scored, as parameters of evaluate: all but the model and the rows."""
     names = {field.name for field in dataclasses.fields(EvaluateParams)} - WHAT_IS_SCORED
@@ -105,7 +120,8 @@ def _verdicts(rows: list[Mapping[str, Any]], prefix: str = "") -> Verdicts:
 
 
 def _unusable(run_id: str, version: ModelVersion, problem: str) -> UserError:
-    model = shlex.quote(f"model_uri={model_versions.uri_of(version)}")
-    return UserError(
-        f"evaluation_run_id={run_id}: {problem}; run: mlflow run . -e evaluate -P {model} -P dataset_uri=…"
-    )
+    return UserError(f"evaluation_run_id={run_id}: {problem}; {_again(model_versions.uri_of(version))}")
+
+
+def _again(model_uri: str) -> str:
+    return f"run: mlflow run . -e evaluate -P {shlex.quote(f'model_uri={model_uri}')} -P dataset_uri=…"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +56,39 @@ class Answer:
 
 def _is_part(found: Sequence[Row], rows: Sequence[Row]) -> bool:
     """Whether each found row is one of the rows, none more often than there."""
-    if not Counter(found) - Counter(rows):
-        return True
+    for key in (tuple, _rounded):  # what is much the same by rounding need not be searched for among all
+        found, rows = _unpaired(found, rows, key=key)
+        if not found:
+            return True
     if not any(isinstance(value, float) for row in found for value in row):
         return False
-    left = list(rows)
     for row in found:
-        match = next((i for i, other in enumerate(left) if _is_close(row, other)), None)
+        match = next((i for i, other in enumerate(rows) if _is_close(row, other)), None)
         if match is None:
             return False
-        del left[match]
+        del rows[match]
     return True
+
+
+def _unpaired(
+    found: Sequence[Row], rows: Sequence[Row], *, key: Callable[[Row], Row]
+) -> tuple[list[Row], list[Row]]:
+    """What is left of both without pairs of rows with the same key."""
+    return _without(found, Counter(map(key, rows)), key), _without(rows, Counter(map(key, found)), key)
+
+
+def _without(rows: Sequence[Row], others: Counter[Row], key: Callable[[Row], Row]) -> list[Row]:
+    left = []
+    for row in rows:
+        if others[key(row)] > 0:
+            others[key(row)] -= 1
+        else:
+            left.append(row)
+    return left
+
+
+def _rounded(row: Row) -> Row:
+    return tuple(float(f"{value:.10e}") if isinstance(value, float) else value for value in row)
 
 
 def _is_close(row: Row, other: Row) -> bool:

@@ -50,10 +50,9 @@ def render(
     }
     intro = "Writes an SQL query for a question and, as context, the `CREATE TABLE` statements of its tables."
     title = " ".join(filter(None, [name, version and f"version {version}", scores and _headline(scores)]))
-    return (
-        "\n\n".join([f"# {title}", intro, *(f"## {title}\n\n{text}" for title, text in sections.items())])
-        + "\n"
-    )
+    parts = [f"# {title}", intro, *(f"## {title}\n\n{text}" for title, text in sections.items())]
+    card = "\n\n".join(parts) + "\n"
+    return card if len(card) < MAX_CHARACTERS else card[: MAX_CHARACTERS - 3] + "…\n"
 
 
 def scores_of(metrics: Mapping[str, float]) -> dict[str, Score]:

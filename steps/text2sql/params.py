@@ -212,7 +212,10 @@ class EvaluateParams:
     dataset: Annotated[
         str,
         AfterValidator(lambda value: value and parameter_checks.rows(value)),
-        Field(description=f"rows to score: sample, a hub id with optional @revision, a file of {DATA_NAMES}"),
+        Field(
+            description="rows to score: sample, a hub id with optional @revision, a file or folder of "
+            + DATA_NAMES
+        ),
     ]
     eval_rows: Annotated[int, Field(ge=1, description="rows to score, the same ones for every seed")]
     eval_batch_size: Annotated[

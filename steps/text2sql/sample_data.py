@@ -400,11 +400,6 @@ def generate_examples(seed: int) -> list[Example]:
     return [example for domain in DOMAINS for example in _examples_of(domain, seed)]
 
 
-def domain_names() -> tuple[str, ...]:
-    """The values of `database`."""
-    return tuple(domain.name for domain in DOMAINS)
-
-
 def build_database(domain: str, path: pathlib.Path, *, seed: int) -> None:
     """Writes the SQLite file that `generate(seed)` executed a domain's answers against.
 

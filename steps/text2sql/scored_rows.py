@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pandas
 
-from steps.text2sql import databases, dataset, splits
+from steps.text2sql import databases, dataset, manifest, splits
 from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import DatasetManifest
 from steps.text2sql.store_names import ROWS_FILE
@@ -73,9 +73,13 @@ def choose(rows: pandas.DataFrame, count: int) -> pandas.DataFrame:
     return rows.loc[hashes.sort_values().index[:count]].reset_index(drop=True)
 
 
-def digest(rows: pandas.DataFrame) -> str:
-    """SHA-256 of the scored rows: two evaluations with the same one can be compared."""
-    return hashlib.sha256("".join(rows.apply(_row_hash, axis="columns")).encode()).hexdigest()
+def digest(rows: pandas.DataFrame, folder: Path) -> str:
+    """SHA-256 of rows and of their databases in a folder: evaluations with the same one can be compared."""
+    hashes = rows.apply(_row_hash, axis="columns")
+    if dataset.DATABASE in rows:
+        of_file = {name: manifest.sha256(folder / name) for name in rows[dataset.DATABASE].dropna().unique()}
+        hashes += rows[dataset.DATABASE].map(of_file).fillna("")
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _row_hash(row: pandas.Series) -> str:

@@ -23,6 +23,7 @@ BASE_PREFIX = "base_"
 # Before those of the answers as the model wrote them, without the repair that the served model does.
 UNREPAIRED_PREFIX = "unrepaired_"
 OTHER_ROWS = "other rows than gold"
+TABLES = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
 METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "stopped")
 # What a gold query that was not foreseen makes the code raise that reads it. Errors of the machine are not
 # among them: they end the run.
@@ -69,6 +70,9 @@ def exact_match(gold: str, predicted: str, *, ignore_case: bool = True) -> bool:
 def execution_difference_on(database: Path, gold: str, predicted: str, *, timeout_seconds: float) -> str:
     """Why a prediction is wrong on a populated database; empty if it returns what gold returns.
 
+    Where gold returns no row, so do many queries: one that does too is judged on databases that are made for
+    the same tables, as in `execution_difference`.
+
     Raises:
         QueryError: gold returns no result.
     """
@@ -81,8 +85,18 @@ def execution_difference_on(database: Path, gold: str, predicted: str, *, timeou
         found = run_query(database, predicted, timeout_seconds=timeout_seconds)
     except QueryError as error:
         return str(error)
-    comparison = Comparison(may_permute=query.may_permute)
-    return "" if comparison.agrees(expected, found) else OTHER_ROWS
+    if not Comparison(may_permute=query.may_permute).agrees(expected, found):
+        return OTHER_ROWS
+    if expected.length or normalize(predicted) == normalize(gold):
+        return ""
+    tables = _tables_of(database, timeout_seconds=timeout_seconds)
+    return execution_difference(tables, gold, predicted, timeout_seconds=timeout_seconds)
+
+
+@functools.lru_cache(maxsize=256)
+def _tables_of(database: Path, *, timeout_seconds: float) -> str:
+    rows = run_query(database, TABLES, timeout_seconds=timeout_seconds)
+    return "".join(f"{sql};\n" for (sql,) in rows)
 
 
 def execution_match(

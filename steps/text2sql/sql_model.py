@@ -178,7 +178,8 @@ SOUND_ENDS = (
 PIECE = r"[^\s\"'`()[\]=<>;]+"
 COMPARED = re.compile(rf"{QUOTED}|([=<>]\s*)({PIECE}(?:\s+{PIECE})*?){CLAUSE_END}", re.IGNORECASE)
 NUMBER = r"(?:0x[\da-f]+|(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)"
-OPERAND = rf"(?:not\s+)*(?:[-+~]\s*)*(?:{NUMBER}|{NAME}(?:\s*\.\s*{NAME})*)"
+PARAMETER = r"(?:[:@$]\w+|\?\d*)"
+OPERAND = rf"(?:not\s+)*(?:[-+~]\s*)*(?:{NUMBER}|{PARAMETER}|{NAME}(?:\s*\.\s*{NAME})*)"
 VALUE = rf"{OPERAND}(?:\s*(?:\|\||<<|>>|[-+*/%&|])\s*{OPERAND})*"
 SOUND_START = re.compile(rf"({VALUE})(?:\s*,|\s+(?:{SOUND_ENDS})\b|\s+{NAME}\s+from\b)", re.IGNORECASE)
 SOUND_WHATEVER_COMES = re.compile(r"case\b.*\bend\b|.*(?:/\*|--)", re.IGNORECASE | re.DOTALL)
@@ -394,6 +395,8 @@ def load_base(reference: str, quantization: str) -> PreTrainedModel:
             module.support_avx512bf16_for_cpu = False
     if device == "cpu":
         model.set_attn_implementation(GROUPED_ATTENTION)
+    # What `greedy` leaves open, `generate` would take from the base's own: beams, strings to stop at.
+    model.generation_config = GenerationConfig()
     return model
 
 
@@ -579,7 +582,7 @@ def generate(
             fitting = 1
         batch = order[: min(batch_size, fitting)]
         settings = greedy(tokenizer, max_new_tokens=room, repetition_penalty=repetition_penalty)
-        new_tokens = _generate_batch(model, tokenizer, [ids[i] for i in batch], settings)
+        new_tokens = _generate_batch(model, [ids[i] for i in batch], settings)
         if new_tokens is None:
             batch_size = len(batch) // 2
             logger.info("Not enough memory for %d rows at once, going on with %d", len(batch), batch_size)
@@ -594,15 +597,12 @@ def positions(model: PreTrainedModel) -> int:
 
 
 def _generate_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[list[int]],
-    settings: GenerationConfig,
+    model: PreTrainedModel, prompts: list[list[int]], settings: GenerationConfig
 ) -> list[list[int]] | None:
     """New token ids of each prompt; None where the memory does not suffice for more than one."""
     try:
         with torch.inference_mode():
-            inputs = _shared_prefix_first(model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens)
+            inputs = _shared_prefix_first(model, prompts, max_new_tokens=settings.max_new_tokens)
             output = model.generate(**inputs, generation_config=settings)
     except Exception as error:
         if len(prompts) == 1 or not should_reduce_batch_size(error):
@@ -614,30 +614,26 @@ def _generate_batch(
 
 
 def _shared_prefix_first(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
+    model: PreTrainedModel, prompts: list[list[int]], *, max_new_tokens: int
 ) -> dict[str, torch.Tensor | Cache]:
     """Inputs of `generate`, with the keys and values of what all prompts begin with, computed once.
 
-    The padding comes after that beginning: (rows, prefix + padding + rest).
+    The padding comes after that beginning: (rows, prefix + padding + rest). It is the first token of each
+    prompt, which nothing attends to: a repetition penalty counts it as read, as it is without padding.
     """
     longest = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
     prefix = os.path.commonprefix(prompts)[:longest]
     cache = _keys_and_values(model, prefix, up_to=max(map(len, prompts)) + max_new_tokens)
     rests = [prompt[len(prefix) :] for prompt in prompts] if cache else prompts
-    padded = tokenizer.pad({"input_ids": rests}, padding_side="left", return_tensors="pt").to(model.device)
-    if not cache:
-        return dict(padded)
-    cache.batch_repeat_interleave(len(prompts))
-    starts = torch.tensor([prefix] * len(prompts), device=model.device)
-    return {
-        "input_ids": torch.cat([starts, padded["input_ids"]], 1),
-        "attention_mask": torch.cat([torch.ones_like(starts), padded["attention_mask"]], 1),
-        "past_key_values": cache,
-    }
+    if cache:
+        cache.batch_repeat_interleave(len(prompts))
+    start, width = (prefix if cache else []), max(map(len, rests))
+    room = [width - len(rest) for rest in rests]
+    ids = [start + prompt[:1] * n + rest for prompt, n, rest in zip(prompts, room, rests, strict=True)]
+    mask = [[1] * len(start) + [0] * n + [1] * (width - n) for n in room]
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs = {name: torch.tensor(rows, device=model.device) for name, rows in inputs.items()}
+    return inputs | ({"past_key_values": cache} if cache else {})
 
 
 def _keys_and_values(model: PreTrainedModel, prefix: list[int], *, up_to: int) -> Cache | None:

@@ -99,8 +99,8 @@ def begin() -> None:
         UserError: the run's artifacts cannot be written.
     """
     artifacts.check_location()
-    if FINGERPRINT_VARIABLE in os.environ:
-        mlflow.set_tag(TAG_FINGERPRINT, os.environ[FINGERPRINT_VARIABLE])
+    if fingerprint := os.environ.pop(FINGERPRINT_VARIABLE, ""):  # a run that this one starts has another
+        mlflow.set_tag(TAG_FINGERPRINT, fingerprint)
     tags = active_run.tags()
     name_run(tags.get(MLFLOW_PROJECT_ENTRY_POINT, ""))
     parent = tags.get(MLFLOW_PARENT_RUN_ID)
