@@ -339,16 +339,16 @@ def test_a_batch_of_different_lengths_gives_the_tokens_of_each_prompt_alone(base
     assert len({answer.text for answer in together.values()}) == 4
 
 
-def test_a_repetition_penalty_counts_what_a_prompt_alone_has(base):
-    model, tokenizer = base
+def test_a_repetition_penalty_counts_what_a_prompt_alone_has(taught):
+    model, tokenizer = taught
     padded_by_eos = copy.deepcopy(tokenizer)
     padded_by_eos.pad_token = tokenizer.eos_token
-    settings = {"max_new_tokens": 24, "repetition_penalty": 1.3}
-    for prompts in (["one?", "CREATE TABLE farm (name TEXT) " * 3], ["all: one?", "all: How many farms?"]):
-        [together] = sql_model.generate(model, padded_by_eos, prompts, **settings)
-        for i, prompt in enumerate(prompts):
-            [alone] = sql_model.generate(*base, [prompt], **settings)
-            assert together[i] == alone[0]
+    settings = {"max_new_tokens": 12, "repetition_penalty": 4.0}
+    [together] = sql_model.generate(model, padded_by_eos, list(TAUGHT), **settings)
+    for i, prompt in enumerate(TAUGHT):
+        [alone] = sql_model.generate(model, tokenizer, [prompt], **settings)
+        assert together[i] == alone[0]
+    assert any(answer.stopped for answer in together.values())
 
 
 def test_what_the_bases_authors_prefer_changes_no_answer(tiny_base, tmp_path):
