@@ -56,12 +56,10 @@ class Answer:
 
 def _is_part(found: Sequence[Row], rows: Sequence[Row]) -> bool:
     """Whether each found row is one of the rows, none more often than there."""
-    for key in (tuple, _rounded):  # what is much the same by rounding need not be searched for among all
-        found, rows = _unpaired(found, rows, key=key)
-        if not found:
-            return True
+    found, rows = _unpaired(found, rows, key=tuple)
     if not any(isinstance(value, float) for row in found for value in row):
-        return False
+        return not found
+    found, rows = _unpaired(found, rows, key=_rounded)  # nearly all: the rest is searched for one by one
     for row in found:
         match = next((i for i, other in enumerate(rows) if _is_close(row, other)), None)
         if match is None:

@@ -93,7 +93,6 @@ def execution_difference_on(database: Path, gold: str, predicted: str, *, timeou
     return execution_difference(tables, gold, predicted, timeout_seconds=timeout_seconds)
 
 
-@functools.lru_cache(maxsize=256)
 def _tables_of(database: Path, *, timeout_seconds: float) -> str:
     rows = run_query(database, TABLES, timeout_seconds=timeout_seconds)
     return "".join(f"{sql};\n" for (sql,) in rows)
