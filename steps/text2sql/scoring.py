@@ -23,7 +23,7 @@ BASE_PREFIX = "base_"
 # Before those of the answers as the model wrote them, without the repair that the served model does.
 UNREPAIRED_PREFIX = "unrepaired_"
 OTHER_ROWS = "other rows than gold"
-TABLES = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
+TABLES = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*' ORDER BY rowid"
 METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "stopped")
 # What a gold query that was not foreseen makes the code raise that reads it. Errors of the machine are not
 # among them: they end the run.
