@@ -124,7 +124,7 @@ def keep(
     link(version, digest, {EXECUTION_ACCURACY: scoring.summary(metrics, EXECUTION_ACCURACY)})
     show(version, metrics, predictions, by_slice)
     assessments.log(predictions, model_id=model_id)
-    print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n")
+    print("\n" + scoring.comparison(metrics, base_prefix=BASE) + "\n" + scoring.not_judged(verdicts[TUNED]))
     return metrics
 
 

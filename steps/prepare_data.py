@@ -57,6 +57,7 @@ def main(params: PrepareDataParams) -> None:
         style=params.prompt_style,
         max_length=params.max_length,
     )
+    base_model.check_tokens(base.reference, preparation.highest_token(prepared))
     described = DatasetManifest(
         **origin(base, source),
         dataset_digest=dataset.digest(pandas.concat(given.values())),

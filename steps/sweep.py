@@ -119,7 +119,8 @@ def has_diverged(run_id: str) -> bool:
     """Whether a training ended since its loss was no number."""
     metrics = mlflow.get_run(run_id).data.metrics if run_id else {}
     # NaN is not less either; MLflow keeps infinity as the largest number.
-    return not metrics.get("train_loss", 0.0) < sys.float_info.max
+    losses = (metrics.get(name, 0.0) for name in ("train_loss", store_names.EVAL_LOSS))
+    return not all(loss < sys.float_info.max for loss in losses)
 
 
 def validation_rows(call: SweepCall) -> dict[str, str]:

@@ -96,7 +96,7 @@ def open_outputs(
     """Where adapter, checkpoints and curves go."""
     resolved = {name: getattr(settings, name) for name in RESOLVED}
     resolved["quantization_correction"] = "yes" if correction.is_in(model) else "no"
-    recipe = resume.recipe_of(vars(params), resolved, vars(described))
+    recipe = resume.recipe_of(vars(described), vars(params), resolved)
     if not ranks.is_first():
         return NoOutputs(model, recipe)
     return Outputs(
@@ -123,7 +123,9 @@ def fit(
     Raises:
         Interrupted: a signal came; there is a checkpoint of the last step.
     """
-    reporter = training.Reporter(outputs.log_metrics, batch_size=params.batch_size, speed=speed)
+    reporter = training.Reporter(
+        outputs.log_metrics, rows=len(data["train"]), batch_size=params.batch_size, speed=speed
+    )
     with shared_checkpoint.found(params.resume_from, outputs.recipe) as resume_from:
         checkpoints = Checkpoints(
             outputs.save_checkpoint, save_steps=params.save_steps, resume_from=resume_from
@@ -156,7 +158,9 @@ def how_to_go_on(params: TrainParams) -> str:
     """What to type after this training was stopped; only the first of several processes says it."""
     if not ranks.is_first():
         return ""
-    values = {name: str(value) for name, value in vars(params).items()} | {"resume_from": active_run.run_id()}
+    values = {name: str(value) for name, value in vars(params).items()}
+    if resume.can_go_on(active_run.run_id()):
+        values["resume_from"] = active_run.run_id()
     return screen.to_go_on("train", values)
 
 
@@ -295,7 +299,8 @@ def plan_memory(
 ) -> memory_plan.Plan:
     """How to use the `free` bytes that there are with the base loaded, the same in all processes; says so."""
     device, dtype = pick_device()
-    step_tokens = training.mean_tokens(data["train"]) * params.batch_size / ranks.count()
+    rows = min(params.batch_size, len(data["train"]))
+    step_tokens = training.mean_tokens(data["train"]) * rows / ranks.count()
     plan = memory_plan.make(
         memory_plan.Shape.of(base.config, dtype),
         device=device,

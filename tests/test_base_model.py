@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    BitsAndBytesConfig,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -30,6 +32,7 @@ from steps.text2sql.base_model import (
     check_layers,
     check_memory,
     check_quantization,
+    check_tokens,
     memory_needed,
     resolve,
 )
@@ -372,6 +375,29 @@ def test_a_base_that_would_read_packed_rows_as_one_text_is_refused(tmp_path, con
         UserError, match=f"^base_model={tmp_path}: {re.escape(said)}, so rows cannot be packed"
     ):
         check_layers(str(tmp_path))
+
+
+def test_a_base_that_is_quantized_already_is_refused(tmp_path):
+    settings = BitsAndBytesConfig(load_in_8bit=True).to_dict()
+    LlamaConfig(**TINY, quantization_config=settings).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"^base_model={tmp_path}: .* quantized already \(bitsandbytes\)"):
+        check_layers(str(tmp_path))
+
+
+def test_rows_with_a_token_that_the_base_does_not_know_are_refused(tiny_base):
+    known = LlamaConfig.from_pretrained(tiny_base).vocab_size
+    check_tokens(str(tiny_base), known - 1)
+    with pytest.raises(UserError, match=f"base_model={tiny_base}: its tokenizer gives the token {known}, "):
+        check_tokens(str(tiny_base), known)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_named(tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    config = LlamaConfig.from_pretrained(folder)
+    config.vocab_size += 8
+    config.save_pretrained(folder)
+    with pytest.raises(BaseModelError, match="its weights have other shapes than its config.json says"):
+        load_base(str(folder), "none")
 
 
 def test_a_base_that_reads_pictures_too_is_refused(tmp_path):

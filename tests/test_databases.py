@@ -89,6 +89,41 @@ def test_a_database_with_rows_in_its_log_is_refused(tmp_path):
     connection.close()
 
 
+def test_a_log_is_found_beside_the_file_that_a_link_leads_to(tmp_path):
+    (tmp_path / "link.sqlite").symlink_to(tmp_path / "shop.sqlite")
+    connection = sqlite3.connect(tmp_path / "shop.sqlite")
+    connection.execute("PRAGMA journal_mode=wal")
+    connection.execute("CREATE TABLE t (a INT)")
+    assert "a copy would lack what is in its -wal file" in refusal(tmp_path, "link.sqlite")
+    connection.close()
+    assert absolute(tmp_path, "link.sqlite") == [str(tmp_path / "link.sqlite")]
+
+
+def test_a_database_amid_a_change_is_refused(tmp_path):
+    make(tmp_path / "shop.sqlite", rows=5000)
+    connection = sqlite3.connect(tmp_path / "shop.sqlite", isolation_level=None)
+    connection.execute("PRAGMA cache_size=1")  # so that pages are written before the end of the change
+    connection.execute("BEGIN")
+    connection.execute("UPDATE t SET a = -1")
+    assert "a copy would lack what is in its -journal file" in refusal(tmp_path, "shop.sqlite")
+    connection.execute("ROLLBACK")
+    connection.close()
+    assert absolute(tmp_path, "shop.sqlite") == [str(tmp_path / "shop.sqlite")]
+
+
+@pytest.mark.parametrize("page", [512, 4096, 65536])
+def test_a_database_that_is_cut_short_is_refused(tmp_path, page):
+    with sqlite3.connect(tmp_path / "shop.sqlite") as connection:
+        connection.execute(f"PRAGMA page_size={page}")
+        connection.execute("CREATE TABLE t (a INT)")
+        connection.executemany("INSERT INTO t VALUES (?)", [(i,) for i in range(1000)])
+    connection.close()
+    whole = (tmp_path / "shop.sqlite").read_bytes()
+    assert absolute(tmp_path, "shop.sqlite") == [str(tmp_path / "shop.sqlite")]
+    (tmp_path / "shop.sqlite").write_bytes(whole[:-page])
+    assert "is cut short" in refusal(tmp_path, "shop.sqlite")
+
+
 def test_a_test_row_without_a_database_is_refused_by_its_number(tmp_path):
     rows = pandas.DataFrame({"database": [None, str(make(tmp_path / "shop.sqlite"))]}, index=[8, 9])
     with pytest.raises(UserError, match="1 of 2 test rows have no database.* rows 8, counted"):

@@ -348,6 +348,25 @@ def test_columns_of_one_name_in_a_csv_are_refused(tmp_path):
     assert "has several columns named answer" in message
 
 
+def test_what_a_parquet_file_has_as_pandas_index_does_not_count(tmp_path):
+    rows = frame(("q", "c", "a"), ("r", "c", "b"))
+    for number, index in enumerate([[7, 7], pandas.MultiIndex.from_tuples([(1, 2), (3, 4)]), ["x", "y"]]):
+        rows.set_axis(index).to_parquet(tmp_path / f"{number}.parquet")
+        assert list(read_file(tmp_path / f"{number}.parquet").index) == [0, 1]
+    rows.set_index("question").to_parquet(tmp_path / "named.parquet")
+    assert list(read_file(tmp_path / "named.parquet")["question"]) == ["q", "r"]
+
+
+def test_columns_without_a_name_do_not_count(tmp_path):
+    rows = read_text(tmp_path / "rows.csv", f"{HEADER},,\nq,c,a,,\n")
+    assert rows[list(dataset.COLUMNS)].values.tolist() == [["q", "c", "a"]]
+
+
+def test_the_line_of_a_csv_that_is_broken_is_named(tmp_path):
+    message = refusal(tmp_path / "rows.csv", f'{HEADER}\nq,c,a\nq,c,"a" b\nq,c,a\n')
+    assert "line 3: ',' expected after '\"'; between cells stands a comma" in message
+
+
 def test_a_column_of_categories_may_have_gaps():
     rows = frame(("q", "c", "a"), ("r", None, "b")).astype({"context": "category"})
     kept, rejected = dataset.check(rows)
@@ -387,14 +406,21 @@ def test_all_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
     assert read_folder(tmp_path) == {"train": ["1", "2", "3", "4"]}
 
 
-def test_files_named_as_splits_stay_splits(tmp_path):
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "Dev", "test", "tests_of_mine"):
+def test_files_named_as_splits_stay_splits(tmp_path, capsys):
+    hashed = "test-00000-of-00001-a09b74b3ef9c3b56"
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "Dev", "test", hashed, "tests_of_mine"):
         write_rows(tmp_path / f"{name}.jsonl", name)
+    write_rows(tmp_path / "val.JSONL", "val")
     assert read_folder(tmp_path) == {
-        "validation": ["Dev"],
-        "test": ["test"],
+        "validation": ["Dev", "val"],
+        "test": [hashed, "test"],
         "train": ["tests_of_mine", "train-00000-of-00002", "train-00001-of-00002"],
     }
+    assert capsys.readouterr().out.splitlines() == [
+        "  validation: rows of Dev.jsonl, val.JSONL",
+        f"  test: rows of {hashed}.jsonl, test.jsonl",
+        "  train: rows of tests_of_mine.jsonl, train-00000-of-00002.jsonl, train-00001-of-00002.jsonl",
+    ]
 
 
 def test_a_folder_without_a_file_of_rows_is_refused(tmp_path):

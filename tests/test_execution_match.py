@@ -69,6 +69,11 @@ MUTANTS = {
         "NOT IN",
         "IN",
     ),
+    "NULLs left out of NOT IN": (
+        "SELECT name FROM singer WHERE id NOT IN (SELECT singer_id FROM album)",
+        "album)",
+        "album WHERE singer_id IS NOT NULL)",
+    ),
     "another size of groups": (
         "SELECT country FROM singer GROUP BY country HAVING COUNT(*) > 3",
         "> 3",
@@ -135,6 +140,18 @@ REWRITES = {
     "another of those that tie at the limit": (
         "SELECT country FROM singer GROUP BY country ORDER BY COUNT(*) LIMIT 1",
         "SELECT country FROM singer GROUP BY country ORDER BY COUNT(*), country DESC LIMIT 1",
+    ),
+    "another order of groups that tie, with a column from any row": (
+        f"SELECT T1.id, T1.name {JOINED} GROUP BY T1.id ORDER BY COUNT(*) DESC LIMIT 1",
+        f"SELECT T1.id, T1.name {JOINED} GROUP BY T1.id ORDER BY COUNT(*) DESC, T1.id LIMIT 1",
+    ),
+    "ties of different rows by a column that is not selected": (
+        "SELECT DISTINCT age FROM singer ORDER BY age % 2",
+        "SELECT DISTINCT age FROM singer ORDER BY age % 2, age DESC",
+    ),
+    "ties by an expression of an alias": (
+        "SELECT name, age AS a FROM singer ORDER BY a * 2",
+        "SELECT name, age FROM singer ORDER BY age, name",
     ),
     "the order by an alias": (
         "SELECT country, COUNT(*) FROM singer GROUP BY country ORDER BY COUNT(*)",

@@ -13,8 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steps.text2sql import base_model, merging, sql_model
+from steps.text2sql import artifacts, base_model, manifest, merging, sql_model
 from steps.text2sql.errors import UserError
+from steps.text2sql.manifest import AdapterManifest
 from tests.conftest import call_step, failure, tracking_at, write_tiny_base
 
 FEW = {"compare_rows": 3}
@@ -120,11 +121,24 @@ def test_the_weights_have_the_dtype_asked_for(chain, tmp_path, dtype, written):
     assert weights == getattr(torch, written)
 
 
+def test_weights_in_float32_are_not_rounded_to_what_a_gpu_computes_in(chain, monkeypatch, tmp_path):
+    adapter = artifacts.download(f"runs:/{chain.train.info.run_id}/adapter", tmp_path)
+    base = manifest.read(AdapterManifest, adapter, source="x").of_dataset.base_model
+    monkeypatch.setattr(sql_model, "pick_device", lambda: ("cpu", torch.bfloat16))
+    weights = {
+        dtype: merging.merge(adapter, base, "none", dtype).model.layers[0].mlp.up_proj.weight
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert {dtype: weight.dtype for dtype, weight in weights.items()} == {dtype: dtype for dtype in weights}
+    exact = weights[torch.float32]
+    assert not torch.equal(exact, exact.bfloat16().float())
+
+
 def test_a_merged_model_that_answers_otherwise_is_refused_and_removed(chain, tmp_path, monkeypatch):
-    def without_adapter(adapter, reference, quantization):
+    def without_adapter(adapter, reference, quantization, dtype):
         model = sql_model.load_base(reference, quantization).dequantize()
         model.lm_head.weight.data = model.lm_head.weight.data.roll(1, dims=0)
-        return model
+        return model.to(dtype)
 
     monkeypatch.setattr(merging, "merge", without_adapter)
     message, run = failure("export", model_uri="models:/text2sql/1", output=tmp_path / "m", **FEW)

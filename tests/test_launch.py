@@ -53,6 +53,7 @@ def test_accelerate_reads_the_projects_own_configurations(name, kind):
         ({"num_machines": 3}, "num_machines=3: must divide num_processes=2"),
         ({"num_machines": 2}, "main_process_ip and main_process_port: needed"),
         ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment: must be LOCAL_MACHINE"),
+        ({"distributed_type": "FSDP", "fsdp_config": "yes"}, "fsdp_config: must be a mapping"),
         ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}}, "fsdp_version: must be 2"),
         (
             {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},

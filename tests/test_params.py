@@ -1,5 +1,6 @@
 """Command lines: what each parameter accepts, and what the error of each bad one says."""
 
+import errno
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -140,8 +141,8 @@ def test_all_problems_come_in_one_message_a_line_each():
         ("train", "lora_alpha", "inf", "finite number"),
         ("train", "lora_dropout", "1", "less than 1"),
         ("train", "lora_dropout", "nan", "less than 1"),
-        ("train", "target_modules", "q_proj,,v_proj", "pattern"),
-        ("train", "target_modules", "", "pattern"),
+        ("train", "target_modules", "q_proj,,v_proj", "must be all-linear, or names of modules with commas"),
+        ("train", "target_modules", "", "must be all-linear"),
         ("train", "quantization", "int3", "'nf4' or 'none'"),
         ("train", "launch", "twice", "'single'"),
         ("train", "num_train_epochs", "0", "greater than 0"),
@@ -176,12 +177,14 @@ def test_all_problems_come_in_one_message_a_line_each():
         ("promote", "gate_alpha", "0", "greater than 0"),
         ("promote", "gate_alpha", "1.1", "less than or equal to 1"),
         ("promote", "gate_alpha", "nan", "less than or equal to 1"),
-        ("promote", "evaluation_run_id", "runs:/0a1b", "pattern"),
-        ("promote", "registered_model_name", "", "pattern"),
-        ("promote", "registered_model_name", "-a", "pattern"),
-        ("promote", "registered_model_name", "team/sql", "pattern"),
-        ("promote", "registered_model_name", "it's", "pattern"),
-        ("promote", "registered_model_name", "name\n", "pattern"),
+        ("promote", "evaluation_run_id", "runs:/0a1b", "must be the id of a run"),
+        ("promote", "registered_model_name", "", "must be letters"),
+        ("promote", "registered_model_name", "-a", "and begin with a letter"),
+        ("promote", "registered_model_name", "team/sql", "must be letters"),
+        ("promote", "registered_model_name", "it's", "must be letters"),
+        ("promote", "registered_model_name", "name\n", "must be letters"),
+        ("promote", "registered_model_name", "name ", "must be letters"),
+        ("train", "warmup_steps", "500", "would not reach its value in 500 steps"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_parameter_its_value_and_the_reason(step, name, value, reason):
@@ -263,6 +266,16 @@ def test_a_missing_dataset_file_is_refused(tmp_path):
 def test_a_folder_with_data_files_is_a_dataset(tmp_path):
     (tmp_path / "rows.csv").touch()
     assert parsed("prepare_data", dataset=tmp_path).dataset == str(tmp_path)
+
+
+def test_a_folder_that_may_not_be_listed_is_the_users_error(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert (
+        refusal("prepare_data", dataset=tmp_path) == f"dataset={tmp_path}: cannot be read: Permission denied"
+    )
 
 
 def test_a_folder_without_data_files_is_no_dataset(tmp_path):

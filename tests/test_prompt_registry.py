@@ -53,6 +53,13 @@ def test_a_name_that_a_model_has_already_is_the_users_error():
         publish()
 
 
+def test_a_model_whose_prompt_would_have_a_models_name_is_refused():
+    mlflow.MlflowClient().create_registered_model("sql-prompt")
+    with pytest.raises(UserError, match="registered_model_name=sql: its prompt would be called sql-prompt"):
+        prompt_registry.check_model_name("sql")
+    prompt_registry.check_model_name("text2sql")
+
+
 def test_a_prompts_name_cannot_be_a_models():
     publish()
     prompt_registry.check_model_name("text2sql")

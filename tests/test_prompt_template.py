@@ -38,6 +38,7 @@ def test_a_template_of_windows_is_read_without_its_byte_order_mark_and_with_plai
     [
         ("", "lacks {context}"),
         ("{context}\n", "lacks {question}"),
+        ("{context} {{question}}\n", "lacks {question}; {{question}} is text, take single braces"),
         ("{context} {question} {schema}\n", "has {schema}, but only"),
         ("{context} {question} {}\n", "has {}, but only"),
         ("{context} {question} {0}\n", "has {0}, but only"),

@@ -131,6 +131,12 @@ def resumed(dataset_uri, run, **values):
     )
 
 
+def test_another_seed_is_refused_though_the_data_have_that_one(dataset_uri, stopped):
+    values = VALUES | {"max_steps": 5, "resume_from": stopped.info.run_id, "seed": 7}
+    message, _ = failure("train", dataset_uri=dataset_uri, **values)
+    assert "seed=7 (it was 42)" in message
+
+
 def test_the_newest_checkpoint_of_the_store_is_used_where_the_disk_is_gone(dataset_uri, stopped):
     shutil.rmtree(run_folder.run_folder(stopped.info.run_id))
     assert resumed(dataset_uri, stopped).data.tags["resumed_step"] == "4"
@@ -156,7 +162,10 @@ def test_other_values_are_refused_by_name(dataset_uri, stopped):
 
 def test_a_run_without_checkpoints_is_named(dataset_uri):
     message, _ = failure("train", dataset_uri=dataset_uri, **VALUES | {"resume_from": "0" * 32})
-    assert f"resume_from={'0' * 32}: has no whole checkpoint" in message
+    assert f"resume_from={'0' * 32}: is no run of this tracking store" in message
+    run = dataset_uri.split("/")[1]
+    message, _ = failure("train", dataset_uri=dataset_uri, **VALUES | {"resume_from": run})
+    assert f"resume_from={run}: has no whole checkpoint" in message
 
 
 def test_no_more_than_keep_checkpoints_stay_on_the_disk_and_in_the_store(dataset_uri, monkeypatch):

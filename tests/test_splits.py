@@ -1,6 +1,7 @@
 """Which rows go together, and where each group goes."""
 
 import hashlib
+import itertools
 import math
 
 import datasets
@@ -174,13 +175,24 @@ def test_a_random_split_draws_the_rows_of_train_test_split():
     assert len(parts["validation"]) == 20  # 5 % of 400
 
 
+def test_rows_that_ask_the_same_are_on_one_side_of_a_random_split():
+    rows = pandas.concat([many(60)] * 2, ignore_index=True)
+    rows.loc[60:, "answer"] = rows.loc[60:, "answer"].where(rows.index[60:] % 2 == 0, "SELECT 1")
+    parts = splits.split(rows, by="random", test_size=0.2, seed=7)
+    assert sum(map(len, parts.values())) == 120
+    assert len(parts["test"]) == 24
+    for name, other in itertools.permutations(parts, 2):
+        assert splits.shared_rows(parts[name], parts[other]) == 0
+
+
 def test_a_random_split_follows_the_seed():
     first, second = (splits.split(many(100), by="random", test_size=0.2, seed=s)["test"] for s in (1, 2))
     assert answers(first) != answers(second)
 
 
 def test_the_tutorials_rows_are_split_as_in_the_tutorial():
-    rows = pandas.DataFrame({"context": ["CREATE TABLE t (a INT)"] * 78_577})
+    questions = [str(i) for i in range(78_577)]
+    rows = pandas.DataFrame({"question": questions, "context": "CREATE TABLE t (a INT)"})
     parts = splits.split(rows, by="random", test_size=0.2, seed=42)
     assert len(parts["train"]) + len(parts["validation"]) == 62_861
     assert len(parts["test"]) == 15_716

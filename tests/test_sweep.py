@@ -262,6 +262,9 @@ def test_a_trial_whose_loss_is_no_number_does_not_end_the_sweep(store, loss, div
     with mlflow.start_run() as run:
         mlflow.log_metric("train_loss", loss)
     assert sweep.has_diverged(run.info.run_id) is diverged
+    with mlflow.start_run() as run:
+        mlflow.log_metrics({"train_loss": 1.0, "eval_loss": loss})
+    assert sweep.has_diverged(run.info.run_id) is diverged
     assert not sweep.has_diverged("")
 
 

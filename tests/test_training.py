@@ -9,8 +9,18 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from steps.text2sql import adapter, device, memory_plan, sql_model, trainer, training, validations
+from steps.text2sql import (
+    adapter,
+    device,
+    memory_plan,
+    sql_model,
+    trainer,
+    training,
+    training_speed,
+    validations,
+)
 from steps.text2sql.checkpoints import Checkpoints
+from steps.text2sql.training_estimate import Work
 from steps.text2sql.training_speed import Speed
 from tests.recorded import Recorded
 
@@ -161,12 +171,30 @@ def test_learning_rate_never_grows_with_the_base_or_the_steps_nor_exceeds_2e_3(s
 
 @pytest.mark.parametrize(
     ("rows", "max_steps", "epochs", "steps"),
-    [(100, 7, 3.0, 7), (100, -1, 1.0, 13), (100, -1, 2.5, 33), (1, -1, 0.1, 1)],
+    [
+        (100, 7, 3.0, 7),
+        (100, -1, 1.0, 13),
+        (100, -1, 2.5, 33),
+        (1, -1, 0.1, 1),
+        (800, -1, 1.1, 110),
+        (800, -1, 1e-9, 1),
+    ],
 )
 def test_max_steps_counts_and_epochs_where_it_is_minus_1(rows, max_steps, epochs, steps):
     assert (
         training.total_steps(rows=rows, batch_size=8, max_steps=max_steps, num_train_epochs=epochs) == steps
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "batch_size", "seen"),
+    [(0, 39, 8, 0), (4, 39, 8, 32), (5, 39, 8, 39), (6, 39, 8, 47), (3, 39, 512, 117), (30, 45, 8, 225)],
+)
+def test_the_last_step_of_an_epoch_has_the_rows_that_are_left(steps, rows, batch_size, seen):
+    assert training_speed.rows_seen(steps, rows=rows, batch_size=batch_size) == seen
+    of_work = Work(rows, 10.0, 1.0, 20, batch_size, steps)
+    assert (of_work.rows_in_all, of_work.tokens) == (seen, 10 * seen)
+    assert of_work.step_tokens == 10 * min(rows, batch_size)
 
 
 def test_the_optimizer_is_fused_on_cuda_only():
@@ -289,6 +317,7 @@ def test_points_are_the_same_where_they_are_logged_late(tiny_base, tokenizer, se
         model, points = adapter.attach(sql_model.load_base(str(tiny_base), "none"), lora), []
         report = training.Reporter(
             lambda metrics, step, points=points: points.append({"step": step} | metrics),
+            rows=12,
             batch_size=4,
             speed=Speed(1, 1.0),
         )
@@ -372,7 +401,9 @@ def reporter(monkeypatch):
     monkeypatch.setattr(device, "time", SimpleNamespace(monotonic=lambda: clock.now))
     # 1,000 operations a token, of 10,000 that the device does in a second.
     speed = Speed(frozen_parameters=250, operations_per_second=1e4)
-    found = training.Reporter(lambda metrics, step: logged.append((step, metrics)), batch_size=4, speed=speed)
+    found = training.Reporter(
+        lambda metrics, step: logged.append((step, metrics)), rows=400, batch_size=4, speed=speed
+    )
     found.on_train_begin(None, state, None)
 
     def log(*, at, step, tokens, later=0, **logs):
@@ -449,8 +480,13 @@ def test_the_curves_of_a_training_that_goes_on_begin_with_what_it_had_reported(r
 def test_tokens_are_counted_without_padding(model, tokenizer, settings):
     logged = []
     speed = Speed(frozen_parameters=1, operations_per_second=1.0)
-    reporter = training.Reporter(lambda metrics, step: logged.append(metrics), batch_size=8, speed=speed)
     data = splits(tokenizer, 8)
-    run(model, tokenizer, data, settings(1, 8), reporter)
-    tokens = sum(map(len, data["train"]["input_ids"]))
-    assert logged[0]["tokens_per_second"] / logged[0]["samples_per_second"] == pytest.approx(tokens / 8)
+    for batch_size in (8, 32):  # that many, or all that there are
+        reporter = training.Reporter(
+            lambda metrics, step: logged.append(metrics), rows=8, batch_size=batch_size, speed=speed
+        )
+        run(model, tokenizer, data, settings(1, batch_size), reporter)
+        tokens = sum(map(len, data["train"]["input_ids"]))
+        found, *_ = logged
+        logged.clear()
+        assert found["tokens_per_second"] / found["samples_per_second"] == pytest.approx(tokens / 8)

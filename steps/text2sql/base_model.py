@@ -160,6 +160,8 @@ def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:
     Raises:
         UserError: naming what it has.
     """
+    if model is None:
+        _check_published(reference)
     asked = model or skeleton(reference).to(torch.bfloat16)  # experts are not computed in fp32 there
     kind = asked.config.model_type
     if asked.config.get_text_config() is not asked.config:
@@ -176,6 +178,30 @@ def check_layers(reference: str, model: PreTrainedModel | None = None) -> None:
         raise UserError(
             f"base_model={reference}: {problem} ({kind}), so rows cannot be packed; give a base of plain "
             f"attention: {KINDS}."
+        )
+
+
+def _check_published(reference: str) -> None:
+    method = getattr(config(reference), "quantization_config", None)
+    if method:
+        name = method.get("quant_method", "") if isinstance(method, dict) else method.quant_method
+        raise UserError(
+            f"base_model={reference}: its weights are quantized already ({name}), and here it is done anew: "
+            "give the base that they were made from."
+        )
+
+
+def check_tokens(reference: str, highest: int) -> None:
+    """Refuse rows with a token that the base has no embedding of: it has another model's tokenizer.
+
+    Raises:
+        UserError: naming both.
+    """
+    known = skeleton(reference).get_input_embeddings().num_embeddings
+    if highest >= known:
+        raise UserError(
+            f"base_model={reference}: its tokenizer gives the token {highest}, and the model has {known} of "
+            "them: they do not belong together. Give a base with its own tokenizer."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from steps.text2sql.errors import UserError
+from steps.text2sql.parameter_checks import FORMS
 from steps.text2sql.params import (
     CHAIN,
     NOT_FROM_MAIN,
@@ -130,6 +131,8 @@ def _checked(given: Mapping[str, str], types: Mapping[str, Any], problems: list[
             values[name] = TypeAdapter(types[name]).validate_python(given[name])
         except ValidationError as error:
             problems.append(f"{name}={given[name]}: {_message(error)}")
+        except OSError as error:  # a folder that may not be listed
+            problems.append(f"{name}={given[name]}: cannot be read: {error.strerror}")
     problems += conflicts(values)
     if problems:
         raise UserError("\n".join(sorted(problems)))
@@ -137,5 +140,8 @@ def _checked(given: Mapping[str, str], types: Mapping[str, Any], problems: list[
 
 
 def _message(error: ValidationError) -> str:
-    texts = [problem["msg"].removeprefix("Value error, ") for problem in error.errors()]
+    texts = [
+        FORMS.get(problem.get("ctx", {}).get("pattern"), problem["msg"].removeprefix("Value error, "))
+        for problem in error.errors()
+    ]
     return " or ".join(texts).replace("Input should be ", "must be ").replace(" or must be ", " or ")

@@ -19,6 +19,8 @@ DATABASE = "database"
 FOLDER = "databases"
 # The first bytes of every SQLite 3 file, https://www.sqlite.org/fileformat.html
 MAGIC = b"SQLite format 3\x00"
+# There: bytes of a page, counter of changes, number of pages, and the count for which that number is right.
+HEADER_BYTES, HEADER_PARTS = 100, ((16, 18), (24, 28), (28, 32), (92, 96))
 # They are kept with every prepared dataset, and fetched by every evaluation.
 MAX_BYTES = 2 * 2**30
 # Characters of a path in a message, of which five are named.
@@ -65,12 +67,25 @@ def _content_trouble(path: Path) -> str:
     if not path.is_file():
         return "is no file"
     with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            return "is no SQLite database"
-    log = Path(f"{path}-wal")
-    if log.is_file() and log.stat().st_size:
-        return "is open for writing or was not closed: a copy would lack what is in its -wal file; close it"
+        header = file.read(HEADER_BYTES)
+    if not header.startswith(MAGIC):
+        return "is no SQLite database"
+    if path.stat().st_size < _told_size(header):
+        return "is cut short: its header tells of more pages than it has"
+    for kind in ("wal", "journal"):  # they lie beside the file itself, whatever links to it
+        log = Path(f"{path.resolve()}-{kind}")
+        if log.is_file() and log.stat().st_size:
+            return (
+                "is open for writing or was not closed: a copy would lack what is in its "
+                f"-{kind} file; close it"
+            )
     return ""
+
+
+def _told_size(header: bytes) -> int:
+    """Bytes that a header tells of; 0 where it was written by an SQLite before 3.7, which did not."""
+    page, changed, pages, known = (int.from_bytes(header[a:b]) for a, b in HEADER_PARTS)
+    return pages * (page if page > 1 else 65536) if changed == known else 0
 
 
 def check_test_rows(test: pandas.DataFrame) -> None:

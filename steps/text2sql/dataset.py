@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import datasets
 import pandas
 import pyarrow
+import pyarrow.parquet
 
 from steps.text2sql import databases, hub, sample_data
 from steps.text2sql.databases import DATABASE
@@ -24,9 +25,11 @@ COLUMNS = ("question", "context", "answer")
 INCOMPLETE = "is missing, empty or not text"
 HUB_DATASET = "b-mc2/sql-create-context@9d80a6a118b838d9defc3798d659a54a2ac2ff37"
 INSTEAD = "dataset=<absolute path of a JSONL, JSON, CSV or Parquet file> or dataset=sample"
-# Files of a folder that are splits of their own: `test.csv`, `dev.csv`, `test-00000-of-00002.parquet`.
+# Files of a folder that are splits of their own: `test.csv`, `dev.csv`, and as the hub names them,
+# `test-00000-of-00002.parquet`, also with a hash behind it.
 SPLIT_FILE = re.compile(
-    r"(?:train|(?P<validation>validation|valid|val|dev)|(?P<test>test))(?:-\d+-of-\d+)?", re.IGNORECASE
+    r"(?:train|(?P<validation>validation|valid|val|dev)|(?P<test>test))(?:-\d+-of-\d+(?:-[0-9a-f]{16})?)?",
+    re.IGNORECASE,
 )
 # A CSV field may be as large as a row may be long; the module's own limit is 128 KiB.
 csv.field_size_limit(2**31 - 1)
@@ -122,14 +125,21 @@ def read_file(path: Path, *, columns: Columns, parameter: str) -> pandas.DataFra
 
 
 def _read_folder(folder: Path, columns: Columns) -> dict[str, pandas.DataFrame]:
-    parts: dict[str, list[pandas.DataFrame]] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix in DATA_SUFFIXES):
+    files: dict[str, list[Path]] = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in DATA_SUFFIXES):
         named = SPLIT_FILE.fullmatch(path.stem)
-        split = (named and named.lastgroup) or "train"
-        parts.setdefault(split, []).append(read_file(path, columns=columns, parameter="dataset"))
-    if not parts:
+        files.setdefault((named and named.lastgroup) or "train", []).append(path)
+    if not files:
         raise UserError(f"dataset={folder}: has no files that end in {', '.join(DATA_SUFFIXES)}.")
-    return {split: pandas.concat(files, ignore_index=True) for split, files in parts.items()}
+    for split, paths in files.items():
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        print(f"  {split}: rows of {', '.join(path.name for path in paths[:5])}{more}")
+    return {
+        split: pandas.concat(
+            [read_file(path, columns=columns, parameter="dataset") for path in paths], ignore_index=True
+        )
+        for split, paths in files.items()
+    }
 
 
 def _load_from_hub(source: DatasetSource) -> pandas.DataFrame:
@@ -164,15 +174,15 @@ def _select(rows: pandas.DataFrame, columns: Columns, problem: str) -> pandas.Da
 
 
 def _parse(path: Path, problem: str) -> pandas.DataFrame:
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": pandas.read_parquet}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     try:
-        return readers[path.suffix](path)
+        return readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
         raise UserError(f"{problem}: is not UTF-8 at byte {error.start}; save it as UTF-8.") from error
     except OSError as error:
         raise UserError(f"{problem}: cannot be read: {error}") from error
     # What pandas, pyarrow and json raise for a broken file.
-    except (ValueError, pyarrow.ArrowException) as error:
+    except (ValueError, KeyError, pyarrow.ArrowException) as error:
         raise UserError(f"{problem}: is not valid {path.suffix[1:].upper()}, mend it: {error}") from error
 
 
@@ -188,6 +198,11 @@ def _read_jsonl(path: Path) -> pandas.DataFrame:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise ValueError(f"broken JSON at {'; '.join(problems[:5])}{more}")
     return pandas.DataFrame(rows)
+
+
+def _read_parquet(path: Path) -> pandas.DataFrame:
+    # What pandas says there of an index is left out: rows count from 0, and it may be one of the columns.
+    return pyarrow.parquet.read_table(path, partitioning=None).to_pandas(ignore_metadata=True)
 
 
 def _read_json(path: Path) -> pandas.DataFrame:
@@ -211,7 +226,8 @@ def _read_csv(path: Path) -> pandas.DataFrame:
     reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
     rows = []
     try:
-        if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+        names = Counter(filter(None, reader.fieldnames or ()))  # columns without a name are never asked for
+        if repeated := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"has several columns named {', '.join(repeated)}")
         for row in reader:
             if None in row:
@@ -220,7 +236,10 @@ def _read_csv(path: Path) -> pandas.DataFrame:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from error
+        raise ValueError(
+            f"line {reader.reader.line_num}: {error}; between cells stands a comma, and around those with a "
+            'comma, a quote or a line break stand double quotes, where " is written ""'
+        ) from error
     return pandas.DataFrame(rows)
 
 

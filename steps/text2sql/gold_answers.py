@@ -233,6 +233,10 @@ def _settled(answer: Answer, own: list[Row], others: Sequence[list[Row]]) -> Ans
     columns = tuple(i for i in range(answer.width) if all(_same_part(own, other, (i,)) for other in others))
     if not all(_same_part(own, other, columns) for other in others):
         return None
+    blocks = tuple(Block(_part(block.rows, columns), block.taken) for block in answer.blocks)
+    tied = Answer(answer.database, blocks, answer.width, columns)
+    if all(tied.matches(rows) for rows in (own, *others)):
+        return tied
     left = _part(own, columns)
     return Answer(answer.database, (Block(left, len(left)),), answer.width, columns)
 

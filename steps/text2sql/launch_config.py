@@ -48,6 +48,8 @@ def read(launch: str) -> LaunchConfig:
         raise ValueError(
             "is no configuration of accelerate; make one with: accelerate config --config_file …"
         )
+    if not isinstance(values.get("fsdp_config") or {}, dict):
+        raise ValueError("fsdp_config: must be a mapping of names to values")
     problems = _problems(values, own=launch in OWN)
     if problems:
         raise ValueError("; ".join(problems))

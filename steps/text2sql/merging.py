@@ -25,6 +25,7 @@ from steps.text2sql.errors import UserError
 from steps.text2sql.manifest import AdapterManifest
 from steps.text2sql.model_card import FILE as CARD
 from steps.text2sql.sql_model import encode_prompts, load_base
+from steps.text2sql.tokenization import for_filled_prompts
 
 PROMPT_TEMPLATE = "prompt_template.txt"
 LICENSE = "LICENSE"
@@ -99,12 +100,17 @@ def made_at_once(output: Path) -> Iterator[Path]:
             raise UserError(f"output={output}: cannot be written: {error}") from error
 
 
-def merge(adapter: Path, reference: str, quantization: str) -> PreTrainedModel:
-    """Base with the adapter of a folder added into its weights, in the dtype that this device computes in."""
+def merge(adapter: Path, reference: str, quantization: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Base with the adapter of a folder added into its weights, in a dtype.
+
+    The sum is rounded once, to that dtype or before to the one that this device computes in.
+    """
     base = load_base(reference, quantization)
     if quantization != "none":
         base = base.dequantize()
-    return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+    if dtype == torch.float32:
+        base = base.to(dtype)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).to(dtype)
 
 
 def write(
@@ -115,14 +121,15 @@ def write(
     `package` is the registered one, `adapter` the folder of its adapter.
     """
     source = described.of_dataset
-    model = merge(adapter, source.base_model, described.quantization).to(dtype)
+    model = merge(adapter, source.base_model, described.quantization, dtype)
     model.generation_config = GenerationConfig.from_pretrained(package)
     model.save_pretrained(folder)
     for weights in folder.glob(
         "*.safetensors"
     ):  # written for their owner alone, but an engine is another user
         weights.chmod((folder / "config.json").stat().st_mode)
-    AutoTokenizer.from_pretrained(adapter, trust_remote_code=False).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
+    for_filled_prompts(tokenizer, source.prompt_style).save_pretrained(folder)
     (folder / PROMPT_TEMPLATE).write_text(source.prompt_template, encoding="utf-8")
     (folder / LICENSE).write_text(source.base_license, encoding="utf-8")
     card = (package / CARD).read_text(encoding="utf-8")

@@ -65,9 +65,9 @@ def keyed_query(query: exp.Expression) -> KeyedQuery | None:
     for ordered in bare.args["order"].expressions:
         place = _output(ordered.this, outputs)
         if place is None:
-            extra.append(_without_collation(ordered.this))
+            extra.append(_without_aliases(_without_collation(ordered.this), outputs))
         places.append(place)
-    if extra and (not isinstance(bare, exp.Select) or bare.args.get("distinct")):
+    if extra and not isinstance(bare, exp.Select):
         return None
     appended = iter(range(-len(extra), 0))
     keys = tuple(next(appended) if place is None else place for place in places)
@@ -93,6 +93,17 @@ def _output(key: exp.Expression, outputs: Sequence[exp.Expression]) -> int | Non
 def _without_collation(key: exp.Expression) -> exp.Expression:
     """COLLATE NOCASE ties what differs in case only."""
     return exp.Lower(this=key.this.copy()) if isinstance(key, exp.Collate) else key
+
+
+def _without_aliases(key: exp.Expression, outputs: Sequence[exp.Expression]) -> exp.Expression:
+    """A key in an output of its own, where the names of the others are not known."""
+    named = {output.alias.lower(): output.unalias() for output in outputs if output.alias}
+
+    def written_out(node: exp.Expression) -> exp.Expression:
+        is_alias = isinstance(node, exp.Column) and not node.table and node.name.lower() in named
+        return exp.paren(named[node.name.lower()].copy()) if is_alias else node
+
+    return key.copy().transform(written_out)
 
 
 def _number(clause: exp.Expression | None, missing: int | None) -> int | None:

@@ -14,8 +14,17 @@ from steps.text2sql import launch_config, processes, prompt_template
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 DATA_NAMES = "JSONL, JSON, CSV or Parquet"
+RUN_ID = r"^[0-9a-f]*$"
+MODULES = r"^[\w.-]+(,[\w.-]+)*$"
 HUB_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?(@[A-Za-z0-9_][A-Za-z0-9_./-]*)?"
-MODEL_NAME = r"[A-Za-z0-9_][A-Za-z0-9_. -]*"
+MODEL_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_. -]*[A-Za-z0-9_.-])?"
+# Patterns of values, and what a value must be that does not match.
+FORMS = {
+    RUN_ID: "must be the id of a run as MLflow shows it, of digits and the letters a to f",
+    f"^{MODEL_NAME}$": "must be letters, digits, dots, dashes, underscores and spaces between them, and "
+    "begin with a letter, a digit or an underscore",
+    MODULES: "must be all-linear, or names of modules with commas and no spaces between",
+}
 SWEEP_FILE = "text2sql_sweep.db"
 
 
@@ -42,11 +51,11 @@ def rows(value: str, words: str = "sample") -> str:
     """`sample`, a file or folder of rows, or a hub id."""
     if value == "sample":
         return value
-    if _looks_like_path(value) or value.endswith(DATA_SUFFIXES):
+    if _looks_like_path(value) or value.lower().endswith(DATA_SUFFIXES):
         path = Path(_absolute(value))
         if not path.is_dir():
             return data_file(value)
-        if not any(file.name.endswith(DATA_SUFFIXES) for file in path.iterdir()):
+        if not any(file.name.lower().endswith(DATA_SUFFIXES) for file in path.iterdir()):
             raise ValueError(f"is a folder without files that end in {', '.join(DATA_SUFFIXES)}")
         return str(path)
     if value == "auto":
@@ -62,7 +71,7 @@ def data_file(value: str) -> str:
     file = _absolute(value)
     if not Path(file).is_file():
         raise ValueError("is no file")
-    if not file.endswith(DATA_SUFFIXES):
+    if not file.lower().endswith(DATA_SUFFIXES):
         raise ValueError(f"must end in {', '.join(DATA_SUFFIXES)}")
     return file
 

@@ -108,7 +108,8 @@ class TrainParams:
     ]
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="dropout before the LoRA matrices")]
     target_modules: Annotated[
-        str, Field(pattern=r"^[\w.-]+(,[\w.-]+)*$", description="all-linear, or a comma list of module names")
+        str,
+        Field(pattern=parameter_checks.MODULES, description="all-linear, or a comma list of module names"),
     ]
     quantization: Annotated[Literal["nf4", "none"], Field(description="of the frozen base")]
     launch: Annotated[
@@ -169,7 +170,10 @@ class TrainParams:
     ]
     keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints to keep")]
     resume_from: Annotated[
-        str, Field(pattern=r"^[0-9a-f]*$", description="train run to go on with from its newest checkpoint")
+        str,
+        Field(
+            pattern=parameter_checks.RUN_ID, description="train run to go on with from its newest checkpoint"
+        ),
     ]
     dry_run: Annotated[
         Literal["no", "yes"], Field(description="yes: print what the training would take, and stop there")
@@ -252,7 +256,10 @@ class PromoteParams:
     version: Annotated[int, Field(ge=1, description="model version to make champion")]
     evaluation_run_id: Annotated[
         str,
-        Field(pattern=r"^[0-9a-f]*$", description="evaluate run to judge by; empty: a move by hand, no gate"),
+        Field(
+            pattern=parameter_checks.RUN_ID,
+            description="evaluate run to judge by; empty: a move by hand, no gate",
+        ),
     ]
     min_execution_accuracy: Annotated[float, Field(ge=0, le=1, description="floor of the gate")]
     gate_alpha: Annotated[
@@ -366,6 +373,13 @@ NOT_FROM_MAIN = {"evaluate": frozenset({"dataset"})}
 
 def conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with values that are right one by one."""
+    warmup, steps = values.get("warmup_steps"), values.get("max_steps", -1)
+    steps, _ = values.get("max_steps_range", (steps, steps))
+    if isinstance(warmup, int) and 0 < steps <= warmup:
+        yield (
+            f"warmup_steps={warmup}: the learning rate would not reach its value in {steps} steps; give "
+            "fewer, or auto"
+        )
     if values.get("quantization") == "none" and values.get("quantization_correction") == "yes":
         yield (
             "quantization_correction=yes: with quantization=none there is nothing to take back; "

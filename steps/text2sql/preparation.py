@@ -56,6 +56,12 @@ def prepare(
     return Prepared(datasets.DatasetDict(kept), pandas.concat(rejected), lengths)
 
 
+def highest_token(prepared: Prepared) -> int:
+    """Highest id of a token in the rows to train on and to validate with."""
+    parts = [prepared.splits[name] for name in ("train", "validation")]
+    return max(max(ids) for part in parts for ids in part.with_format(None)["input_ids"])
+
+
 def _rejected(rows: pandas.DataFrame, reasons: pandas.Series, split: str) -> pandas.DataFrame:
     columns = ["row", "split", "reason", *rows.columns]
     found = rows.loc[reasons.index].assign(split=split, reason=reasons).rename_axis("row").reset_index()

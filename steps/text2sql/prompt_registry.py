@@ -26,13 +26,19 @@ def prompt_name(model_name: str) -> str:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a model's name that a prompt has: registries keep both in one place.
+    """Refuse a model's name that a prompt has, or whose prompt a model: registries keep both in one place.
 
     Raises:
         UserError: naming the parameter.
     """
     if mlflow.MlflowClient().get_prompt(name) is not None:
         raise UserError(f"registered_model_name={name}: is the name of a prompt there; give another.")
+    prompt = prompt_name(name)
+    if mlflow.MlflowClient().search_registered_models(f"name = '{prompt}'", max_results=1):
+        raise UserError(
+            f"registered_model_name={name}: its prompt would be called {prompt}, as a registered model is; "
+            "give another."
+        )
 
 
 def publish(template: str, *, style: str, model_name: str, model_id: str, run_id: str) -> str:

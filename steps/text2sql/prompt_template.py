@@ -48,7 +48,11 @@ def _problems(text: str) -> list[str]:
         for name, spec, how in fields
         if name is not None
     }
-    problems = [f"lacks {{{name}}}" for name in FIELDS if name not in found]
+    problems = [
+        f"lacks {{{name}}}" + (f"; {double} is text, take single braces" if double in text else "")
+        for name in FIELDS
+        if name not in found and (double := f"{{{{{name}}}}}")
+    ]
     others = ", ".join(f"{{{name}}}" for name in sorted(found - set(FIELDS)))
     if others:
         problems.append(

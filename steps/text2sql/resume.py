@@ -51,9 +51,13 @@ def checkpoint(run_id: str, recipe: Mapping[str, str]) -> Iterator[Path | None]:
     with tempfile.TemporaryDirectory() as scratch:
         found = newest_whole(run_id, Path(scratch))
         if found is None:
+            if not run_log.exists(run_id):
+                raise UserError(
+                    f"resume_from={run_id}: is no run of this tracking store; give the id of a train run."
+                )
             raise UserError(
                 f"resume_from={run_id}: has no whole checkpoint, neither in the store nor in "
-                f"{run_folder(run_id)}; train from the start, without resume_from."
+                f"{run_folder(run_id)}; give the id of a run of train that has, or leave resume_from out."
             )
         check_recipe(read_recipe(found), recipe, run_id)
         run_log.note_resumed(run_id, step_of(found))

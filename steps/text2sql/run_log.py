@@ -102,6 +102,14 @@ def tag_dry_run() -> None:
     mlflow.set_tag(TAG_DRY_RUN, "yes")
 
 
+def exists(run: str) -> bool:
+    """Whether the tracking store has a run of this id."""
+    try:
+        return bool(mlflow.get_run(run))
+    except MlflowException:
+        return False
+
+
 @of_first_process
 def note_resumed(run: str, step: int) -> None:
     """Say and keep which run's training this run goes on with, and after how many steps."""

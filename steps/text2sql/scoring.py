@@ -23,7 +23,10 @@ BASE_PREFIX = "base_"
 # Before those of the answers as the model wrote them, without the repair that the served model does.
 UNREPAIRED_PREFIX = "unrepaired_"
 OTHER_ROWS = "other rows than gold"
-TABLES = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*' ORDER BY rowid"
+TABLES = (
+    "SELECT sql FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*' "
+    "AND sql NOT LIKE 'CREATE VIRTUAL%' ORDER BY rowid"
+)
 METRICS = ("exact_match", "exact_match_case", "valid_sql", EXECUTION_ACCURACY, "stopped")
 # What a gold query that was not foreseen makes the code raise that reads it. Errors of the machine are not
 # among them: they end the run.
@@ -211,6 +214,14 @@ def failure_counts(verdicts: Sequence[Verdict], *, prefix: str = "") -> dict[str
     """Rows by reason of failure, as names of metrics; reasons that do not occur count 0."""
     found = Counter(verdict.reason for verdict in verdicts)
     return {prefix + failures.metric_name(reason): found[reason] for reason in failures.REASONS}
+
+
+def not_judged(verdicts: Sequence[Verdict]) -> str:
+    """How many rows nothing can be judged by, which count as wrong, and why the first; empty for none."""
+    found = [verdict.detail for verdict in verdicts if verdict.reason == failures.CANNOT_BE_JUDGED]
+    return (
+        f"  {len(found)} of {len(verdicts)} rows cannot be judged; the first: {found[0]}\n" if found else ""
+    )
 
 
 def comparison(found: Mapping[str, float], *, base_prefix: str) -> str:

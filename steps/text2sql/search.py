@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -63,7 +64,7 @@ def open_storage(file: Path) -> optuna.storages.RDBStorage:
         UserError: it is something else, or of another version of Optuna.
     """
     try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+        storage = optuna.storages.RDBStorage(f"sqlite:///{quote(str(file))}")
         storage.get_all_studies()  # what only has tables of the same names fails here
         return storage
     except Exception as error:  # whatever Optuna and the library below it raise

@@ -55,7 +55,7 @@ def split(
     if by == "schema":
         is_test, is_validation = _by_schema(rows["context"], share, takes_validation)
     else:
-        is_test, is_validation = _at_random(len(rows), share, seed, takes_validation)
+        is_test, is_validation = _at_random(rows, share, seed, takes_validation)
     parts = {
         "train": rows[~is_test & ~is_validation],
         "validation": rows[is_validation],
@@ -153,6 +153,16 @@ def _validation_rows(train_rows: int) -> int:
 
 
 def _at_random(
+    rows: pandas.DataFrame, test_size: float, seed: int, takes_validation: bool
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Rows with the same question and context stay together: the same row, or one that contradicts."""
+    asked = rows[["question", "context"]].astype(str)  # cells may be of any type
+    row = asked.groupby(["question", "context"], sort=False).ngroup().to_numpy()
+    is_test, is_validation = _draw(row.max() + 1, test_size, seed, takes_validation)
+    return is_test[row], is_validation[row]
+
+
+def _draw(
     count: int, test_size: float, seed: int, takes_validation: bool
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     train, test = datasets.Dataset.from_dict({"row": range(count)}), []

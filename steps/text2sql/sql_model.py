@@ -383,6 +383,13 @@ def load_base(reference: str, quantization: str) -> PreTrainedModel:
         )
     except UNREADABLE as error:
         raise BaseModelError(f"base model {reference}: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise BaseModelError(
+            f"base model {reference}: its weights have other shapes than its config.json says; "
+            "fetch both again"
+        ) from error
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers
         raise BaseModelError(
             f"base model {reference}: its files lack {len(missing)} of the weights that its config.json "
@@ -439,7 +446,7 @@ def load_base_tokenizer(reference: str) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(**locate_base(reference), trust_remote_code=False)
-    except UNREADABLE as error:
+    except (*UNREADABLE, KeyError) as error:
         raise BaseModelError(f"tokenizer of base model {reference}: {error}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise BaseModelError(f"tokenizer of base model {reference}: needs a tokenizer.json and an EOS token")

@@ -5,6 +5,7 @@ from typing import Any
 
 import datasets
 import pandas
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from steps.text2sql.errors import UserError
@@ -84,7 +85,9 @@ def encode_batch(
     eos = tokenizer.eos_token_id
     input_ids, labels = [], []
     for i, ids in enumerate(encoded["input_ids"]):
-        answer_start = encoded.char_to_token(i, len(prompts[i]))
+        # A normalizer may have taken the answer's first characters away.
+        places = (encoded.char_to_token(i, at) for at in range(len(prompts[i]), len(texts[i])))
+        answer_start = next((place for place in places if place is not None), len(ids))
         ids = ids if ids[-1] == eos else [*ids, eos]
         input_ids.append(ids)
         labels.append([IGNORED] * answer_start + ids[answer_start:])
@@ -101,6 +104,14 @@ def _encode_apart(
         "input_ids": [start + end for start, end in zip(starts, ends, strict=True)],
         "labels": [[IGNORED] * len(start) + end for start, end in zip(starts, ends, strict=True)],
     }
+
+
+def for_filled_prompts(tokenizer: PreTrainedTokenizerFast, style: str) -> PreTrainedTokenizerFast:
+    """The same tokenizer for those who encode filled prompts as they encode any text: a chat's has its own
+    control tokens, so that another BOS would be one too many."""
+    if style == "chat":
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    return tokenizer
 
 
 def check_prefix(

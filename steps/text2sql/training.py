@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from steps.text2sql.memory_plan import Plan
 from steps.text2sql.sql_model import pick_device
 from steps.text2sql.tokenization import lengths
 from steps.text2sql.trainer import PackedTrainer
-from steps.text2sql.training_speed import Speed, operations_per_token
+from steps.text2sql.training_speed import Speed, operations_per_token, rows_seen
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -63,7 +64,9 @@ def resolve_auto(
 
 def total_steps(*, rows: int, batch_size: int, max_steps: int, num_train_epochs: float) -> int:
     """Optimizer steps of the whole run."""
-    return max_steps if max_steps > 0 else math.ceil(math.ceil(rows / batch_size) * num_train_epochs)
+    per_epoch = math.ceil(rows / batch_size)
+    # Rounded: 100 times 1.1 is a little over 110.
+    return max_steps if max_steps > 0 else max(1, math.ceil(round(per_epoch * num_train_epochs, 6)))
 
 
 def arguments(
@@ -104,9 +107,9 @@ class Reporter(TrainerCallback):
     training.
     """
 
-    def __init__(self, log: Log, *, batch_size: int, speed: Speed) -> None:
+    def __init__(self, log: Log, *, rows: int, batch_size: int, speed: Speed) -> None:
         self.log = log
-        self.batch_size = batch_size
+        self.rows_seen = partial(rows_seen, rows=rows, batch_size=batch_size)
         self.token_share = operations_per_token(speed.frozen_parameters) / speed.operations_per_second
         self.train_loss: list[tuple[int, float]] = []
         self.eval_loss: list[tuple[int, float]] = []
@@ -147,9 +150,10 @@ class Reporter(TrainerCallback):
     def _speed(self, state: Any) -> dict[str, float]:
         seconds = self.step_ended.seconds_since(self.since)
         steps, tokens = state.global_step - self.step, int(state.num_input_tokens_seen) - self.tokens
+        rows = self.rows_seen(state.global_step) - self.rows_seen(self.step)
         self._restart(state, self.step_ended)
         return {
-            "samples_per_second": steps * self.batch_size / seconds,
+            "samples_per_second": rows / seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": tokens / seconds * self.token_share,
             "peak_memory_gib": peak_memory_gib(),

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from steps.text2sql import memory_plan, screen
 from steps.text2sql.base_model import Held
 from steps.text2sql.sql_model import pick_device
-from steps.text2sql.training_speed import Speed
+from steps.text2sql.training_speed import Speed, rows_seen
 
 
 class Work(NamedTuple):
@@ -26,7 +26,7 @@ class Work(NamedTuple):
     @property
     def step_tokens(self) -> float:
         """Tokens of an optimizer step."""
-        return self.mean_tokens * self.batch_size
+        return self.mean_tokens * min(self.batch_size, self.rows)
 
     @property
     def most_step_tokens(self) -> float:
@@ -34,9 +34,14 @@ class Work(NamedTuple):
         return self.step_tokens + 3 * self.deviation * self.batch_size**0.5
 
     @property
+    def rows_in_all(self) -> int:
+        """Rows of all steps."""
+        return rows_seen(self.steps, rows=self.rows, batch_size=self.batch_size)
+
+    @property
     def tokens(self) -> float:
         """Tokens of all steps."""
-        return self.step_tokens * self.steps
+        return self.mean_tokens * self.rows_in_all
 
 
 def peak_bytes(
@@ -62,7 +67,7 @@ def describe(
     """Rows, memory, download and time, in words by name."""
     return screen.estimates(
         rows=work.rows,
-        rows_to_train_on=work.steps * work.batch_size,
+        rows_to_train_on=work.rows_in_all,
         peak_bytes=peak_bytes,
         download_bytes=download_bytes,
         seconds=speed.seconds(tokens=work.tokens, device=pick_device()[0], recompute=recompute),

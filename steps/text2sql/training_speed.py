@@ -20,6 +20,12 @@ COMPILE_SAVES = 0.08
 USUAL_SHARE_OF_PEAK = {"cuda": 0.45, "cpu": 0.5}
 
 
+def rows_seen(steps: int, *, rows: int, batch_size: int) -> int:
+    """Rows of the first steps: the last one of an epoch over `rows` may have fewer than `batch_size`."""
+    epochs, rest = divmod(steps, -(-rows // batch_size))
+    return epochs * rows + min(rest * batch_size, rows)
+
+
 class Speed(NamedTuple):
     """What times are estimated and measured by: the size of the base, and what the devices reach together in
     a large matrix product."""

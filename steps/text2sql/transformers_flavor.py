@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from steps.text2sql.model_card import FILE as CARD
 from steps.text2sql.sql_model import QuantizedBase, greedy
+from steps.text2sql.tokenization import for_filled_prompts
 
 FLAVOR = "transformers"
 ADAPTER = "artifacts/adapter"
@@ -33,7 +34,7 @@ def save_model(
 ) -> None:
     """Write a package into a folder; MLflow's `Model.log` calls this.
 
-    `python_model` is the served file. `model_config` has `base_model` and `quantization`, as in `SQLModel`.
+    `python_model` is the served file. `model_config` is as in `SQLModel`.
     `pyfunc` are further arguments of `mlflow.pyfunc.save_model`, with an artifact `adapter`.
     """
     package = Path(path)
@@ -41,6 +42,7 @@ def save_model(
         path=path, mlflow_model=mlflow_model, python_model=python_model, model_config=model_config, **pyfunc
     )
     tokenizer = AutoTokenizer.from_pretrained(package / ADAPTER, trust_remote_code=False)
+    tokenizer = for_filled_prompts(tokenizer, model_config["prompt_style"])
     tokenizer.save_pretrained(package / TOKENIZER)
     max_new_tokens = {one.name: one.default for one in mlflow_model.signature.params}["max_new_tokens"]
     greedy(tokenizer, max_new_tokens=max_new_tokens).save_pretrained(package)
