@@ -69,6 +69,9 @@ MUTANTS = {
         "NOT IN",
         "IN",
     ),
+    "any letters for one": ("SELECT id FROM singer WHERE name LIKE 'A_n'", "A_n", "A%n"),
+    "a longer text": ("SELECT name FROM singer WHERE LENGTH(name) > 5", "> 5", "> 6"),
+    "a shorter text": ("SELECT name FROM singer WHERE LENGTH(name) > 5", "> 5", ">= 5"),
     "NULLs left out of NOT IN": (
         "SELECT name FROM singer WHERE id NOT IN (SELECT singer_id FROM album)",
         "album)",
@@ -148,6 +151,10 @@ REWRITES = {
     "ties of different rows by a column that is not selected": (
         "SELECT DISTINCT age FROM singer ORDER BY age % 2",
         "SELECT DISTINCT age FROM singer ORDER BY age % 2, age DESC",
+    ),
+    "a length as a bound": (
+        "SELECT name FROM singer WHERE LENGTH(name) > 5",
+        "SELECT name FROM singer WHERE LENGTH(name) >= 6",
     ),
     "ties by an expression of an alias": (
         "SELECT name, age AS a FROM singer ORDER BY a * 2",

@@ -7,8 +7,11 @@ import signal
 import mlflow
 import pytest
 
+from steps import train
 from steps.text2sql import packaging
-from tests.conftest import QUICK, Forked, call_step, plain_rows, prepared_uri, write_jsonl
+from steps.text2sql.command_line import parse
+from steps.text2sql.params import TrainParams
+from tests.conftest import QUICK, Forked, call_step, defaults, plain_rows, prepared_uri, words, write_jsonl
 
 
 @pytest.fixture
@@ -61,6 +64,14 @@ def test_a_stopped_training_is_killed_and_its_last_checkpoint_can_be_registered(
     registered = call_step("register", adapter_uri=last, dataset_uri=dataset_uri)
     assert registered.info.status == "FINISHED"
     assert mlflow.MlflowClient().get_model_version("text2sql", "1").tags["global_step"] == str(step)
+
+
+@pytest.mark.parametrize("has_one", [True, False])
+def test_a_training_that_is_stopped_before_its_first_checkpoint_begins_again(store, monkeypatch, has_one):
+    monkeypatch.setattr(train.resume, "can_go_on", lambda run: has_one)
+    params = parse(TrainParams, words(defaults("train") | {"dataset_uri": "runs:/a/dataset"}))
+    with mlflow.start_run() as run:
+        assert (f"resume_from={run.info.run_id}" in train.how_to_go_on(params)) is has_one
 
 
 def history(run, metric):

@@ -83,6 +83,8 @@ def _near_pattern(pattern: str) -> list[Value]:
     """What begins with, ends with, contains and just misses the text of a LIKE pattern."""
     core = pattern.strip("%").replace("%", " mid ").replace("_", "o")
     near = [core, core + "x", core + "y", "x" + core, f"x{core}x", core.upper(), core.lower()]
+    if "_" in pattern:  # where one letter stands, none and two
+        near += [pattern.replace("%", "").replace("_", letters) for letters in ("", "oo")]
     return [*near, core[:-1], core[1:], "other", pattern]
 
 

@@ -39,6 +39,12 @@ NOT_READ = re.compile(
 )
 
 
+# sqlglot underlines in its messages what it could not read.
+UNDERLINED = re.compile(r"\x1b\[\d*m")
+# Lengths of texts that are made for LENGTH, and what they are made of.
+MOST_LETTERS, LETTERS = 100, "abcdefghijklmnopqrstuvwxyz" * 4
+
+
 class Column(NamedTuple):
     """A column of a table, both in lower case."""
 
@@ -130,7 +136,7 @@ def _statements(context: str) -> list[exp.Expression]:
     try:
         return [s for s in sqlglot.parse(NOT_READ.sub(" ", context), read="sqlite") if s]
     except (SqlglotError, RecursionError) as error:
-        raise QueryError(f"context: {error}") from error
+        raise QueryError(f"context: {UNDERLINED.sub('', str(error))}") from error
 
 
 def without_checks(context: str) -> str:
@@ -281,6 +287,9 @@ def _read_predicate(node: exp.Expression, reader: _Reader, needs: Needs) -> None
     if any(part.find(exp.Count) for part in operands):
         needs.group_sizes += [int(c) for c in constants if isinstance(c, int | float) and math.isfinite(c)]
         return
+    if any(part.find(exp.Length) for part in operands):
+        sizes = [size for c in constants if isinstance(c, int) for size in (c - 1, c, c + 1)]
+        constants = [LETTERS[:size] for size in sizes if 0 < size <= MOST_LETTERS]
     for column in columns:
         needs.constants[column] += constants
         if any(isinstance(c, int | float) for c in constants):
