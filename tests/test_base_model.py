@@ -38,6 +38,7 @@ from steps.text2sql.base_model import (
 )
 from steps.text2sql.errors import UserError
 from steps.text2sql.sql_model import EMBEDDED_BASE, BaseModelError, load_base, load_base_tokenizer
+from tests.conftest import failure, plain_rows, write_jsonl
 
 GIB = 2**30
 COMMIT = "a" * 40
@@ -382,6 +383,19 @@ def test_a_base_that_is_quantized_already_is_refused(tmp_path):
     LlamaConfig(**TINY, quantization_config=settings).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"^base_model={tmp_path}: .* quantized already \(bitsandbytes\)"):
         check_layers(str(tmp_path))
+
+
+def test_a_base_with_another_models_tokenizer_is_refused_before_it_is_trained(store, tiny_base, tmp_path):
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    config = LlamaConfig.from_pretrained(folder)
+    config.vocab_size = 300  # of the tokenizer's, those of single bytes
+    config.save_pretrained(folder)
+    rows = write_jsonl(tmp_path / "rows.jsonl", plain_rows())
+    message, run = failure("prepare_data", base_model=folder, dataset=rows)
+    assert re.search(
+        rf"base_model={folder}: its tokenizer gives the token \d+, and the model has 300 ", message
+    )
+    assert run.info.status == "FAILED"
 
 
 def test_rows_with_a_token_that_the_base_does_not_know_are_refused(tiny_base):

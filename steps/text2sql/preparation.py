@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import datasets
 import pandas
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
 from steps.text2sql import dataset, tokenization
@@ -58,8 +59,8 @@ def prepare(
 
 def highest_token(prepared: Prepared) -> int:
     """Highest id of a token in the rows to train on and to validate with."""
-    parts = [prepared.splits[name] for name in ("train", "validation")]
-    return max(max(ids) for part in parts for ids in part.with_format(None)["input_ids"])
+    parts = [prepared.splits[name].with_format("arrow")[:] for name in ("train", "validation")]
+    return max(pc.max(part.column("input_ids").combine_chunks().flatten()).as_py() or 0 for part in parts)
 
 
 def _rejected(rows: pandas.DataFrame, reasons: pandas.Series, split: str) -> pandas.DataFrame:
