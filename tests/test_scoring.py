@@ -325,7 +325,7 @@ def test_the_interval_is_wilsons():
 
 
 @pytest.mark.parametrize(
-    "gold", ["SELECT n FROM t WHERE length(n) > 500", "SELECT n FROM t GROUP BY n HAVING COUNT(*) > 100"]
+    "gold", ["SELECT n FROM t WHERE length(n) > 1000", "SELECT n FROM t GROUP BY n HAVING COUNT(*) > 100"]
 )
 def test_where_no_made_database_shows_a_row_of_gold_only_golds_own_text_is_right(gold):
     judged = [
