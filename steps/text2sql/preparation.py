@@ -59,8 +59,9 @@ def prepare(
 
 def highest_token(prepared: Prepared) -> int:
     """Highest id of a token in the rows to train on and to validate with."""
-    parts = [prepared.splits[name].with_format("arrow")[:] for name in ("train", "validation")]
-    return max(pc.max(part.column("input_ids").combine_chunks().flatten()).as_py() or 0 for part in parts)
+    parts = [prepared.splits[name] for name in ("train", "validation") if len(prepared.splits[name])]
+    columns = [part.with_format("arrow")[:].column("input_ids") for part in parts]
+    return max(pc.max(column.combine_chunks().flatten()).as_py() for column in columns)
 
 
 def _rejected(rows: pandas.DataFrame, reasons: pandas.Series, split: str) -> pandas.DataFrame:
