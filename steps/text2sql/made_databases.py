@@ -278,7 +278,7 @@ class _Maker:
 
     def _values(self, column: Column, choices: Choices, style: Style) -> list[Value]:
         values = [self._pick(choice, style) for choice in choices]
-        is_without_nulls = column in self._needs.keys and self._rng.random() < 0.5
+        is_without_nulls = column in self._needs.keys and self._rng.random() < 0.8
         if self._type(column).is_required or is_without_nulls:
             return values
         return [None if self._rng.random() < style.nulls else value for value in values]
