@@ -13,6 +13,7 @@ import pandas
 
 from steps.text2sql import sample_data
 from steps.text2sql.errors import UserError
+from steps.text2sql.sql_execution import unfinished_log
 
 # Column with a row's database: its file, or the domain of a built-in row.
 DATABASE = "database"
@@ -72,13 +73,11 @@ def _content_trouble(path: Path) -> str:
         return "is no SQLite database"
     if path.stat().st_size < _told_size(header):
         return "is cut short: its header tells of more pages than it has"
-    for kind in ("wal", "journal"):  # they lie beside the file itself, whatever links to it
-        log = Path(f"{path.resolve()}-{kind}")
-        if log.is_file() and log.stat().st_size:
-            return (
-                "is open for writing or was not closed: a copy would lack what is in its "
-                f"-{kind} file; close it"
-            )
+    if log := unfinished_log(path.resolve()):  # it lies beside the file itself, whatever links to that
+        kind = log.name.rpartition("-")[2]
+        return (
+            f"is open for writing or was not closed: a copy would lack what is in its -{kind} file; close it"
+        )
     return ""
 
 

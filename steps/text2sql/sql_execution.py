@@ -121,14 +121,20 @@ def _opening(database: Database) -> dict[str, object]:
         rows = {table: list(values) for table, values in database.rows.items()}
         return {"context": _cut(database.context), "rows": rows}
     path = database.absolute()
-    for kind in ("wal", "journal"):
-        unfinished = path.with_name(f"{path.name}-{kind}")
-        # Both would have to be worked off, which is writing, before the file alone says what is in it.
-        if unfinished.exists() and unfinished.stat().st_size:
-            raise QueryError(
-                f"context: {path.name} has changes in {unfinished.name}: close the program that writes it"
-            )
+    if unfinished := unfinished_log(path):
+        raise QueryError(
+            f"context: {path.name} has changes in {unfinished.name}: close the program that writes it"
+        )
     return {"uri": path.as_uri()}
+
+
+def unfinished_log(database: Path) -> Path | None:
+    """The file beside a database with changes that it lacks, or that are to be undone; None if there is none.
+
+    Both would have to be worked off, which is writing, before the database alone says what is in it.
+    """
+    logs = (database.with_name(f"{database.name}-{kind}") for kind in ("wal", "journal"))
+    return next((log for log in logs if log.exists() and log.stat().st_size), None)
 
 
 def _cut(text: str) -> str:
